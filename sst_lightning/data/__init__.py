@@ -1,0 +1,6 @@
+"""Data of the three adapters: A5 RepliQA, A6 Alpaca, A7 Security."""
+
+from sst_lightning.data.datamodules import Alpaca, RepliQA, Security, TextDataModule
+from sst_lightning.data.rows import Row
+
+__all__ = ["Alpaca", "RepliQA", "Row", "Security", "TextDataModule"]

@@ -1,0 +1,1 @@
+"""Small data sets written for this project: deterministic, offline, nothing taken from others."""

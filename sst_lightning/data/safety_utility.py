@@ -1,0 +1,206 @@
+"""The data of a merge: calibration rows for the Fishers, test rows for utility and safety."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from sst_lightning.algebra.errors import DataError
+from sst_lightning.data.base import TextDataModule
+from sst_lightning.data.batching import Batch
+from sst_lightning.data.rows import Kind, Row, fingerprint_rows
+from sst_lightning.data.security import Security
+
+EMPTY_CALIBRATION = (
+    "the calibration set '{name}' is empty: a Fisher needs rows with a completion. Give more rows "
+    "(data.calibration_samples), or check the data file's response column"
+)
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One dataloader of the test pass.
+
+    Attributes:
+        name: ``<task>/<measure>``, unique.
+        task: what is measured: the name of a utility data set, ``attack`` or ``harmless``.
+        kind: kind of the rows.
+        measure: ``nll`` scores the given completions, ``generation`` greedy answers.
+        rows: the rows.
+    """
+
+    name: str
+    task: str
+    kind: Kind
+    measure: Literal["nll", "generation"]
+    rows: tuple[Row, ...]
+
+    def fingerprint(self) -> str:
+        """Hash of the task's measure and rows."""
+        return hashlib.sha256(f"{self.measure} {fingerprint_rows(self.rows)}".encode()).hexdigest()
+
+
+class SafetyUtilityData(LightningDataModule):
+    """Utility data sets and safety data, together.
+
+    Validation dataloaders are the calibration sets ``utility`` (all utility data sets together),
+    ``harmless`` (look-alikes with helpful answers) and ``safety`` (attacks with refusals): what
+    Fishers are taken on. Test dataloaders are the :class:`EvaluationTask`s.
+
+    Args:
+        utility: utility data sets by name, such as ``{a6: Alpaca}``.
+        safety: attacks and harmless look-alikes.
+        tokenizer: alias, hub id or folder; the command line sets it to the model's base.
+        calibration_samples: most rows of each calibration set.
+        harmless_calibration: take a Fisher on harmless look-alikes where the data has them.
+        test_samples: most rows of each utility test set that are scored by NLL.
+        generation_samples: most rows of each utility test set that are answered.
+        attack_samples: most attacks that are answered (and whose refusals are scored by NLL).
+        harmless_samples: most harmless look-alikes that are answered.
+        batch_size: sequences per batch in NLL and Fisher passes.
+        generation_batch_size: prompts per batch in generation.
+    """
+
+    def __init__(
+        self,
+        utility: dict[str, TextDataModule],
+        safety: Security,
+        tokenizer: str = "smollm2-135m",
+        calibration_samples: int = 128,
+        harmless_calibration: bool = True,
+        test_samples: int = 128,
+        generation_samples: int = 64,
+        attack_samples: int = 64,
+        harmless_samples: int = 64,
+        batch_size: int = 8,
+        generation_batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if not utility:
+            raise DataError("data.utility is empty: give at least one utility data set")
+        self.utility = utility
+        self.safety = safety
+        for module in self.children:
+            module.tokenizer_name = tokenizer
+        self.calibration_samples = calibration_samples
+        self.harmless_calibration = harmless_calibration
+        self.test_samples = test_samples
+        self.generation_samples = generation_samples
+        self.attack_samples = attack_samples
+        self.harmless_samples = harmless_samples
+        self.batch_size = batch_size
+        self.generation_batch_size = generation_batch_size
+        self._fisher_rows: dict[str, list[Row]] = {}
+        self._selected: list[str] | None = None
+        self.evaluation_tasks: list[EvaluationTask] = []
+
+    @property
+    def children(self) -> list[TextDataModule]:
+        """All data sets."""
+        return [*self.utility.values(), self.safety]
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Name of each validation dataloader."""
+        return list(self.fisher_rows()) if self._selected is None else self._selected
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read all data sets, once.
+
+        Args:
+            stage: every stage uses the same rows.
+
+        Raises:
+            DataError: a data set cannot be used, or a calibration set is empty.
+        """
+        if self._fisher_rows:
+            return
+        for module in self.children:
+            module.setup(stage)
+        self._fisher_rows = self._calibration()
+        self.evaluation_tasks = self._tasks()
+
+    def fisher_rows(self) -> dict[str, list[Row]]:
+        """Return the rows of each calibration set."""
+        self.setup()
+        return self._fisher_rows
+
+    def select_validation(self, names: Sequence[str] | None) -> None:
+        """Validate only on the named calibration sets; ``None`` is all of them."""
+        self._selected = None if names is None else list(names)
+
+    def validation_fingerprint(self, name: str) -> str:
+        """Hash of the rows of a calibration set."""
+        return fingerprint_rows(self.fisher_rows()[name])
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        """One dataloader per name in :attr:`validation_names`."""
+        return [self._loader(self.fisher_rows()[name]) for name in self.validation_names]
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """One dataloader per evaluation task."""
+        return [
+            self._loader(
+                task.rows, self.generation_batch_size if task.measure == "generation" else None
+            )
+            for task in self.evaluation_tasks
+        ]
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move the tensors of a batch; its rows stay as they are."""
+        return self.safety.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _loader(self, rows: Sequence[Row], batch_size: int | None = None) -> DataLoader[Batch]:
+        return self.safety.make_loader(rows, batch_size=batch_size or self.batch_size)
+
+    def _calibration(self) -> dict[str, list[Row]]:
+        share = -(-self.calibration_samples // len(self.utility))
+        rows = {
+            "utility": [
+                row
+                for module in self.utility.values()
+                for row in module.rows["calibration"][:share]
+            ],
+            "harmless": _complete(self.safety.rows["harmless_calibration"])[
+                : self.calibration_samples
+            ],
+            "safety": self.safety.rows["calibration"][: self.calibration_samples],
+        }
+        # Look-alikes are an extra where the data has them; the other two sets are not optional.
+        if not (self.harmless_calibration and rows["harmless"]):
+            del rows["harmless"]
+        for name, values in rows.items():
+            if not values:
+                raise DataError(EMPTY_CALIBRATION.format(name=name))
+        return rows
+
+    def _tasks(self) -> list[EvaluationTask]:
+        tasks: list[EvaluationTask] = []
+
+        def add(
+            task: str, kind: Kind, measure: Literal["nll", "generation"], rows: list[Row]
+        ) -> None:
+            if rows:
+                tasks.append(EvaluationTask(f"{task}/{measure}", task, kind, measure, tuple(rows)))
+
+        for name, module in self.utility.items():
+            add(name, "utility", "nll", module.rows["test"][: self.test_samples])
+            add(name, "utility", "generation", module.rows["test"][: self.generation_samples])
+        attacks = self.safety.rows["test"][: self.attack_samples]
+        harmless = self.safety.rows["harmless_test"][: self.harmless_samples]
+        add("attack", "attack", "nll", _complete(attacks))
+        add("attack", "attack", "generation", attacks)
+        add("harmless", "harmless", "nll", _complete(harmless))
+        add("harmless", "harmless", "generation", harmless)
+        return tasks
+
+
+def _complete(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a response: what a Fisher or an NLL can be taken on."""
+    return [row for row in rows if row.response]
