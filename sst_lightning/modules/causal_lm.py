@@ -1,0 +1,177 @@
+"""A frozen causal language model under Lightning: completion NLL and greedy generation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from peft import PeftModel
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sst_lightning.modules.backbone import (
+    Attention,
+    Dtype,
+    Quantization,
+    load_backbone,
+    load_tokenizer,
+)
+from sst_lightning.modules.generation import set_greedy_defaults
+from sst_lightning.modules.plain_head import check_plain_head
+
+Batch = Mapping[str, Any]
+
+
+class CausalLMModule(LightningModule):
+    """A base model with what every stage needs of it; subclasses override :meth:`build_model`.
+
+    Args:
+        base: alias, hub id or folder (:func:`sst_lightning.modules.backbone.resolve`).
+        dtype: dtype of the base weights.
+        attention: attention implementation (``auto``: sdpa, on the CPU eager).
+        quantization: ``nf4`` for 4-bit linear layers.
+
+    Attributes:
+        model: the transformers or PEFT model; ``None`` until ``configure_model``.
+        tokenizer: the base's tokenizer.
+    """
+
+    def __init__(
+        self,
+        base: str = "smollm2-135m",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "auto",
+        quantization: Quantization | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.dtype_name = dtype
+        self.attention = attention
+        self.quantization = quantization
+        self.model: PreTrainedModel | PeftModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._validation_nll = nn.ModuleList()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the model once, in the Trainer's entry point (or call it yourself without one).
+
+        Raises:
+            BackboneError: the base cannot be found or loaded.
+            MisconfigurationException: the base post-processes its logits.
+        """
+        if self.model is None:
+            model = self.build_model()
+            check_plain_head(self.causal_lm(model))
+            set_greedy_defaults(self.causal_lm(model), self.tokenizer)
+            self.model = model
+
+    def build_model(self) -> PreTrainedModel | PeftModel:
+        """Return the model; a subclass adds adapters here."""
+        return self.load_base()
+
+    def load_base(self) -> PreTrainedModel:
+        """Load the frozen base on this process's device."""
+        trainer = self._trainer
+        device = trainer.strategy.root_device if trainer is not None else self.device
+        return load_backbone(
+            self.base, self.dtype_name, self.attention, self.quantization, device=device
+        )
+
+    @staticmethod
+    def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+        """Return the transformers model inside ``model``, with PEFT's layers in place."""
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def sequence_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute the summed completion NLL of each sequence.
+
+        The language-model head sees only the positions that predict a label, gathered into a
+        (positions, width) matrix: on an instruction batch the head of a small model is otherwise
+        most of the cost, and a 3-D slice makes torch copy its weight for every batch row.
+
+        Padding is on the right, so causal attention keeps it away from every real token: the
+        result does not depend on it.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels`` (B, T); a label is the token at
+                its own position, -100 where there is none.
+
+        Returns:
+            NLL in nats, fp32 (B,), and number of labelled tokens (B,).
+        """
+        assert self.model is not None, "configure_model has not run"
+        lm = self.causal_lm(self.model)
+        hidden = lm.get_decoder()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+        # The state at position t predicts token t + 1.
+        labels = batch["labels"][:, 1:]
+        sequence, position = (labels != -100).nonzero(as_tuple=True)
+        logits = lm.get_output_embeddings()(hidden[sequence, position]).float()
+        nll = F.cross_entropy(logits, labels[sequence, position], reduction="none")
+        total = nll.new_zeros(labels.shape[0]).index_add(0, sequence, nll)
+        return total, (labels != -100).sum(1)
+
+    @torch.no_grad()
+    def generate_text(self, batch: Batch, max_new_tokens: int) -> list[str]:
+        """Answer each prompt greedily.
+
+        Args:
+            batch: ``prompt_ids`` and ``prompt_mask`` (B, T), padded on the left.
+            max_new_tokens: upper bound on the length of an answer, in tokens.
+
+        Returns:
+            The answers without the end-of-turn token; their text is not stripped.
+        """
+        assert self.model is not None, "configure_model has not run"
+        training = self.model.training
+        self.model.eval()  # dropout off; with gradient checkpointing training mode has no cache
+        try:
+            output = self.model.generate(
+                input_ids=batch["prompt_ids"],
+                attention_mask=batch["prompt_mask"],
+                max_new_tokens=max_new_tokens,
+            )
+        finally:
+            self.model.train(training)
+        answers = output[:, batch["prompt_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Compute the completion NLL of a batch, and add it to ``val_nll``, its mean per token.
+
+        Returns:
+            ``sequence_nll`` (B,), with its graph where gradients are enabled, and ``tokens`` (B,).
+        """
+        nll, tokens = self.sequence_nll(batch)
+        metric = self._validation_nll[dataloader_idx]
+        assert isinstance(metric, MeanMetric)
+        metric.update(nll.detach() / tokens.clamp(min=1), weight=tokens)
+        return {"sequence_nll": nll, "tokens": tokens}
+
+    def on_validation_epoch_start(self) -> None:
+        """Open one running mean per validation dataloader."""
+        loaders = len(self.trainer.num_val_batches)
+        self._validation_nll = nn.ModuleList(MeanMetric() for _ in range(loaders)).to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val_nll``; with several dataloaders ``val_nll/<name>`` (or their index)."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
+        for index, metric in enumerate(self._validation_nll):
+            assert isinstance(metric, MeanMetric)
+            single = len(self._validation_nll) == 1
+            name = "val_nll" if single else f"val_nll/{names[index] if names else index}"
+            # A mean weighted by tokens over all processes, which self.log(sync_dist=True) is not:
+            # it would average the processes' own means.
+            self.log(name, metric.compute(), prog_bar=True)

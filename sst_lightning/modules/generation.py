@@ -1,0 +1,32 @@
+"""The one way this project generates: greedily, until the end of the turn."""
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# End-of-turn tokens of the chat formats in use; a base that ends its turns with one of these may
+# name another token as end of sequence (Llama 3.1: <|eot_id|> against <|end_of_text|>).
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|endoftext|>")
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's, the model's and known chat formats'."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {tokenizer.eos_token_id}
+    ids.update(configured if isinstance(configured, list) else [configured])
+    special = tokenizer.get_vocab()
+    ids.update(special[token] for token in END_OF_TURN if token in special)
+    return sorted(token for token in ids if token is not None)
+
+
+def set_greedy_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace the generation defaults that a base ships with.
+
+    They fill whatever a call to ``generate`` leaves open: temperature and top-p are ignored by
+    greedy search, but a repetition penalty (Qwen 2.5: 1.05) would change its answers.
+    """
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=stop_tokens(tokenizer, model),
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,211 @@
+"""Supervised LoRA training on completions."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
+from sst_lightning.modules.causal_lm import Batch, CausalLMModule
+from sst_lightning.modules.schedule import Decay, warmup_then_decay
+
+SEVEN_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+class SupervisedLoRA(CausalLMModule):
+    """Trains a LoRA adapter on a frozen base, with AdamW on the NLL per completion token.
+
+    The LoRA weights are fp32 whatever the base's dtype, and their initial values depend on
+    ``seed_everything``'s seed alone. Checkpoints hold the LoRA weights, not the base. Resuming
+    (``fit --ckpt_path``) continues with the losses of an uninterrupted run when the loader yields
+    an epoch's batches in an order that is a function of (seed, epoch) and can be resumed inside an
+    epoch (:class:`sst_lightning.data.resumable.ResumableLoader`), the checkpoint was written at an
+    optimizer step or later, and dropout is 0 (random states are not part of a checkpoint).
+
+    Gradient accumulation, precision, clipping and devices are the Trainer's flags.
+
+    Args:
+        base: alias, hub id or folder (:func:`sst_lightning.modules.backbone.resolve`).
+        dtype: dtype of the base weights.
+        attention: attention implementation (``auto``: sdpa, on the CPU eager).
+        quantization: ``nf4`` trains on a 4-bit base (QLoRA).
+        r: rank of the adapter.
+        lora_alpha: scaling numerator: ΔW = (lora_alpha / r) B A.
+        lora_dropout: dropout on the adapter's input.
+        target_modules: names (last parts) of the linear layers that get an adapter; by default the
+            seven projections of attention and feed-forward network.
+        use_rslora: scale by lora_alpha / √r instead.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay on the LoRA weights.
+        warmup_ratio: share of the optimizer steps with rising learning rate.
+        decay: shape of the learning rate's way down to zero.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
+    """
+
+    def __init__(
+        self,
+        base: str = "smollm2-135m",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "auto",
+        quantization: Quantization | None = None,
+        r: int = 32,
+        lora_alpha: float = 64,
+        lora_dropout: float = 0.0,
+        target_modules: list[str] | None = None,
+        use_rslora: bool = False,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.01,
+        warmup_ratio: float = 0.1,
+        decay: Decay = "linear",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(base, dtype, attention, quantization)
+        self.save_hyperparameters()
+        self.target_modules = list(target_modules or SEVEN_PROJECTIONS)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_ratio = warmup_ratio
+        self.decay = decay
+        self.gradient_checkpointing = gradient_checkpointing
+        # The state dict of a checkpoint lacks the base on purpose; on_load_checkpoint checks it.
+        self.strict_loading = False
+
+    def lora_config(self) -> LoraConfig:
+        """Return the PEFT configuration of the adapter."""
+        return LoraConfig(
+            r=self.hparams["r"],
+            lora_alpha=self.hparams["lora_alpha"],
+            lora_dropout=self.hparams["lora_dropout"],
+            target_modules=self.target_modules,
+            use_rslora=self.hparams["use_rslora"],
+            task_type="CAUSAL_LM",
+        )
+
+    def build_model(self) -> PeftModel:
+        """Load the base and put a new adapter on it.
+
+        Raises:
+            MisconfigurationException: the base has no module of a target's name.
+        """
+        base = self.load_base()
+        names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        missing = [name for name in self.target_modules if name not in names]
+        if missing:
+            raise MisconfigurationException(
+                f"target_modules: {type(base).__name__} has no module called '{missing[0]}'; give "
+                "the names of its linear layers (the last part, such as q_proj)"
+            )
+        if self.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.random.fork_rng():
+            # What ran before (shuffling, another module) must not change the initial weights.
+            torch.manual_seed(torch.initial_seed())
+            model = get_peft_model(base, self.lora_config())
+        # A base arrives in eval mode, in which gradient checkpointing does nothing.
+        return model.train()
+
+    def on_train_start(self) -> None:
+        """Check that gradient checkpointing works where it was asked for.
+
+        Raises:
+            MisconfigurationException: no layer recomputes its activations.
+        """
+        layers = [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
+        active = bool(layers) and all(m.gradient_checkpointing and m.training for m in layers)
+        if self.gradient_checkpointing and not active:
+            raise MisconfigurationException(
+                f"gradient_checkpointing is on but not active: {type(self.model).__name__} has "
+                f"{len(layers)} layers that support it, or they are in eval mode"
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the NLL per completion token of the batch.
+
+        Raises:
+            MisconfigurationException: no row has a completion token.
+            FloatingPointError: the loss is NaN or infinite.
+        """
+        nll, tokens = self.sequence_nll(batch)
+        rows = [getattr(row, "id", index) for index, row in enumerate(batch["rows"])]
+        count = tokens.sum()
+        if count == 0:
+            raise MisconfigurationException(
+                f"batch {batch_idx} has no completion tokens (rows {rows}): raise max_length"
+            )
+        loss = nll.sum() / count
+        if not torch.isfinite(loss):
+            bad = [row for row, value in zip(rows, nll, strict=True) if not value.isfinite()]
+            raise FloatingPointError(
+                f"the loss of batch {batch_idx} is {loss.item()} at step {self.global_step}, from "
+                f"rows {bad}: lower learning_rate, use dtype bfloat16 or float32 instead of "
+                "float16, or look at these rows"
+            )
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(tokens))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on the LoRA weights with warm-up and decay over the whole run.
+
+        Raises:
+            MisconfigurationException: the length of the run is unknown.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MisconfigurationException(
+                "the learning-rate schedule needs a run of known length: set max_epochs or max_steps"
+            )
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        schedule = warmup_then_decay(int(steps), self.warmup_ratio, self.decay)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the LoRA weights only, and note the base they belong to."""
+        assert self.model is not None
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if name in self._trainable()
+        }
+        checkpoint["base_fingerprint"] = backbone_fingerprint(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits: loading is not strict, so nothing else would.
+
+        Raises:
+            MisconfigurationException: other target modules or another base.
+        """
+        self.configure_model()
+        assert self.model is not None
+        differing = sorted(self._trainable() ^ set(checkpoint["state_dict"]))
+        if differing:
+            raise MisconfigurationException(
+                f"the checkpoint was made with other target_modules: '{differing[0]}' is only in "
+                "one of checkpoint and model"
+            )
+        if checkpoint.get("base_fingerprint") != backbone_fingerprint(self.model):
+            raise MisconfigurationException(
+                f"the checkpoint was made on another base model than {self.base} as it is loaded "
+                "now (other weights, or another quantization)"
+            )
+
+    def _trainable(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
