@@ -2,5 +2,14 @@
 
 from sst_lightning.data.datamodules import Alpaca, RepliQA, Security, TextDataModule
 from sst_lightning.data.rows import Row
+from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
 
-__all__ = ["Alpaca", "RepliQA", "Row", "Security", "TextDataModule"]
+__all__ = [
+    "Alpaca",
+    "EvaluationTask",
+    "RepliQA",
+    "Row",
+    "SafetyUtilityData",
+    "Security",
+    "TextDataModule",
+]

@@ -1,0 +1,69 @@
+"""What a report shows of a merge: where safety was kept, and how far the spectrum can be trusted."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sst_lightning.algebra.core import Cores
+from sst_lightning.algebra.filters import kept_energy
+from sst_lightning.algebra.fisher import ExactFisher, ModuleFisher
+from sst_lightning.algebra.gevp import held_out_values, solve
+
+SPECTRUM_DIRECTIONS = 32
+
+
+def kept_energy_by_module(before: Cores, after: Cores) -> dict[str, float]:
+    """Return ‖filter(M_s)‖² / ‖M_s‖² of each module (0 where the safety adapter has no ΔW)."""
+    return {name: kept_energy(before[name], after[name]) for name in before}
+
+
+def spectrum(
+    safety: Mapping[str, ModuleFisher], utility: Mapping[str, ModuleFisher], damping: float = 0.1
+) -> dict[str, list[float]] | None:
+    """Compare generalised eigenvalues with their Rayleigh quotients on sequences not used for them.
+
+    In-sample eigenvalues overstate (FISHER.md section 3, "ε"): F_s v = λ F_u v is solved on the
+    even-numbered sequences and the quotients vᵀF_s v / vᵀF_u v are taken on the odd-numbered ones.
+
+    Args:
+        safety: F_s by module.
+        utility: F_u by module.
+        damping: relative damping of F_u.
+
+    Returns:
+        ``in_sample`` and ``held_out``: for the i-th largest direction of each module, the geometric
+        mean over modules. ``None`` for Fishers that do not keep sequences, or with fewer than four.
+    """
+    in_sample: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
+    for name, fisher_safety in safety.items():
+        fisher_utility = utility[name]
+        if not (isinstance(fisher_safety, ExactFisher) and isinstance(fisher_utility, ExactFisher)):
+            return None
+        if min(fisher_safety.count, fisher_utility.count) < 4:
+            return None
+        fit = [half(fisher, 0).normalised() for fisher in (fisher_safety, fisher_utility)]
+        test = [half(fisher, 1).normalised() for fisher in (fisher_safety, fisher_utility)]
+        eigen = solve(fit[0], fit[1], damping)
+        count = min(SPECTRUM_DIRECTIONS, len(eigen.values))
+        values = held_out_values(eigen.vectors[:, :count], test[0], test[1], damping)
+        in_sample.append(np.asarray(eigen.values[:count], dtype=np.float64))
+        held_out.append(np.asarray(values, dtype=np.float64))
+    count = min(map(len, in_sample))
+    return {
+        "in_sample": _geometric_mean(in_sample, count),
+        "held_out": _geometric_mean(held_out, count),
+    }
+
+
+def half(fisher: ExactFisher, start: int) -> ExactFisher:
+    """Return the Fisher of every second sequence, from ``start`` (0 or 1)."""
+    weights = None if fisher.weights is None else fisher.weights[start::2]
+    return ExactFisher(fisher.samples[start::2], weights)
+
+
+def _geometric_mean(rows: list[np.ndarray], count: int) -> list[float]:
+    stacked = np.stack([row[:count] for row in rows])
+    # A quotient of exactly 0 (a direction no held-out sequence touches) must not make the mean 0.
+    floor = np.finfo(np.float64).tiny
+    return [float(value) for value in np.exp(np.log(np.maximum(stacked, floor)).mean(axis=0))]

@@ -1,0 +1,85 @@
+"""The subcommands that need no model on the command line: demo, study, report, configs."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import auto_cli
+
+from sst_lightning.algebra.files import refuse_overwrite
+from sst_lightning.cli.shipped_configs import shipped_configs, shipped_folder
+
+
+def demo(
+    profile: Literal["default", "full", "ci"] = "default",
+    output: str | None = None,
+    seed: int | None = None,
+    fresh: bool = False,
+) -> None:
+    """The whole story on SmolLM2-135M-Instruct: fit, Fisher, merge, test, report.
+
+    Args:
+        profile: ``default`` is made for two CPU cores, ``full`` uses more rows and α values,
+            ``ci`` is the smallest one.
+        output: folder for adapters, logs and the report (``runs/demo`` in the recipes).
+        seed: seed of every stage (0 in the recipes).
+        fresh: delete finished stages and start over.
+    """
+    study(f"demo/{profile}.yaml", output, seed, fresh)
+
+
+def study(
+    config: str, output: str | None = None, seed: int | None = None, fresh: bool = False
+) -> None:
+    """Run a YAML recipe of fit and compare stages into one report.
+
+    Args:
+        config: recipe; see configs/demo/default.yaml for the keys.
+        output: folder that takes the place of the recipe's.
+        seed: seed that takes the place of the recipe's.
+        fresh: delete finished stages and start over.
+    """
+    from sst_lightning.cli.study import load_study, run_study
+
+    folder, title, stages = load_study(config, output, seed)
+    run_study(folder, title, stages, fresh)
+
+
+def report(results: list[str], output: str, title: str = "SST-Merge", overwrite: bool = False) -> None:
+    """Draw report.md, report.html and figures from results.json files.
+
+    Args:
+        results: one or more results.json files.
+        output: folder for the report.
+        title: heading of the report.
+        overwrite: replace a report that is already in ``output``.
+    """
+    from sst_lightning.report.records import read_records
+    from sst_lightning.report.report import write_report
+
+    records = [record for path in results for record in read_records(Path(path))]
+    refuse_overwrite(Path(output) / "report.md", overwrite)
+    print(write_report(records, Path(output), title))
+
+
+def configs(copy_to: str | None = None) -> None:
+    """List the YAML files that come with the program, or copy them.
+
+    Args:
+        copy_to: folder that gets a copy of all of them; it must be empty or new.
+    """
+    if copy_to is None:
+        print("\n".join(shipped_configs()))
+        return
+    refuse_overwrite(copy_to, overwrite=False, flag="an empty folder")
+    for name in shipped_configs():
+        target = Path(copy_to) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(shipped_folder() / name, target)
+
+
+def run(command: str, arguments: Sequence[str]) -> None:
+    """Parse ``arguments`` with the signature of ``command`` and call it."""
+    function = {"demo": demo, "study": study, "report": report, "configs": configs}[command]
+    auto_cli(function, args=list(arguments), prog=f"sst-merge {command}", as_positional=False)

@@ -1,0 +1,91 @@
+"""The LightningCLI subclass behind fit, validate, test, predict, merge and compare."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.modules.causal_lm import CausalLMModule
+from sst_lightning.modules.trainer import SSTTrainer
+
+
+class SSTCommandLine(LightningCLI):
+    """LightningCLI with the ``merge`` and ``compare`` subcommands of :class:`SSTTrainer`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return each subcommand and the arguments of its Trainer method that are not flags."""
+        return {
+            **LightningCLI.subcommands(),
+            "merge": {"model", "datamodule"},
+            "compare": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data is tokenised for the base model that the module loads."""
+        parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the YAML and the command line win over hyperparameters stored in a checkpoint."""
+
+
+def run_lightning(arguments: Sequence[str]) -> SSTCommandLine:
+    """Parse ``arguments`` and run the subcommand.
+
+    A ``--config`` that is not a file here but is the name of a shipped one means the shipped one,
+    so that ``--config configs/a5_repliqa.yaml`` works outside a checkout.
+    """
+    # Lightning warns when args are passed while sys.argv has some; here they are the same.
+    saved, sys.argv = sys.argv, sys.argv[:1]
+    _quiet()
+    try:
+        return SSTCommandLine(
+            CausalLMModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=SSTTrainer,
+            # FisherCollector takes gradients in validation.
+            trainer_defaults={"inference_mode": False},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            args=_shipped(arguments),
+        )
+    finally:
+        sys.argv = saved
+
+
+def _shipped(arguments: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] in ("--config", "-c"):
+            argument = find_config(argument)
+        elif argument.startswith("--config="):
+            argument = "--config=" + find_config(argument.removeprefix("--config="))
+        result.append(argument)
+    return result
+
+
+def _quiet() -> None:
+    """Silence what no user can act on; errors and the project's own messages stay."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_NoTips())
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*_register_pytree_node.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+class _NoTips(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text: Any = record.getMessage()
+        return "litlogger" not in text and "💡" not in text

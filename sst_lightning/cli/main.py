@@ -1,0 +1,60 @@
+"""``sst-merge``: one program for fit, validate, test, predict, merge, compare, demo, study, report."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sst_lightning.algebra.errors import SSTMergeError
+
+EPILOGUE = """
+also available (each has its own --help):
+    demo                the whole story on SmolLM2-135M: fit, Fisher, merge, test, report
+    study               the same for a YAML recipe of your own
+    report              draw report.md and report.html again from a results.json
+    configs             list the YAML files that come with the program, or copy them
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors the user can act on are printed without a traceback.
+
+    Args:
+        arguments: command line without the program's name; ``sys.argv`` when not given.
+
+    Returns:
+        0 on success, 2 when the input was wrong.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Set before transformers is imported: fork-after-tokenizers warnings and hub progress bars
+    # would run through the Trainer's own bar.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    try:
+        _dispatch(arguments)
+    except (SSTMergeError, MisconfigurationException) as error:
+        print(f"sst-merge: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("demo", "study", "report", "configs"):
+        from sst_lightning.cli import commands
+
+        commands.run(command, arguments[1:])
+        return
+    from sst_lightning.cli.lightning_cli import run_lightning
+
+    if command in ("-h", "--help"):
+        try:
+            run_lightning(["--help"])
+        finally:
+            print(EPILOGUE)
+        return
+    run_lightning(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

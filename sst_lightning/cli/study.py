@@ -1,0 +1,178 @@
+"""Studies: a YAML recipe of fit and compare stages, run one after the other into one report."""
+
+import gc
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from sst_lightning.algebra.errors import SSTMergeError
+from sst_lightning.algebra.files import write_text
+from sst_lightning.cli.lightning_cli import run_lightning
+from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.report.records import read_records, write_records
+from sst_lightning.report.report import log_figures, write_report
+
+MARKER = "study.json"
+COMMANDS = ("fit", "validate", "merge", "test", "compare")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a study.
+
+    Attributes:
+        name: key in the recipe; the stage writes to ``<output>/<name>``.
+        command: subcommand of ``sst-merge``.
+        config: YAML file of the command, shipped or a path.
+        arguments: dotted keys and values that override the YAML.
+    """
+
+    name: str
+    command: str
+    config: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def command_line(self) -> list[str]:
+        """Return the arguments ``sst-merge`` would get on a shell."""
+        values = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in self.arguments.items()
+        ]
+        return [self.command, "--config", self.config, *values]
+
+    def fingerprint(self, earlier: str) -> str:
+        """Hash of what the stage would do; ``earlier`` is the hash of the stages before it."""
+        content = Path(find_config(self.config)).read_text(encoding="utf-8")
+        return hashlib.sha256(
+            json.dumps([self.command_line(), content, earlier]).encode()
+        ).hexdigest()
+
+
+def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path, str, list[Stage]]:
+    """Read a recipe.
+
+    ``{output}``, ``{seed}`` and ``{stage}`` in its values are replaced.
+
+    Args:
+        config: YAML file with ``title``, ``output``, ``seed``, ``stages`` and, optionally,
+            ``defaults`` (arguments for every stage of a command).
+        output: folder that takes the place of the recipe's.
+        seed: seed that takes the place of the recipe's.
+
+    Returns:
+        Output folder, title and stages.
+
+    Raises:
+        SSTMergeError: names the file and the key that is missing or unknown.
+    """
+    path = find_config(config)
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise SSTMergeError(f"{path}: not a study; it needs the keys title, output, seed and stages")
+    for key in ("title", "output", "seed", "stages"):
+        if key not in recipe:
+            raise SSTMergeError(f"{path}: key '{key}' is missing")
+    unknown = set(recipe) - {"title", "output", "seed", "stages", "defaults"}
+    if unknown:
+        raise SSTMergeError(f"{path}: unknown key '{sorted(unknown)[0]}'")
+    folder = Path(output or recipe["output"])
+    seed = recipe["seed"] if seed is None else seed
+    defaults = recipe.get("defaults") or {}
+    stages = []
+    for name, entry in recipe["stages"].items():
+        if entry.get("command") not in COMMANDS or "config" not in entry:
+            raise SSTMergeError(
+                f"{path}: stage '{name}' needs 'config' and a 'command' out of {', '.join(COMMANDS)}"
+            )
+        arguments = {**defaults.get(entry["command"], {}), **(entry.get("arguments") or {})}
+        arguments.setdefault("seed_everything", seed)
+        values = {"{output}": str(folder), "{seed}": str(seed), "{stage}": name}
+        stages.append(Stage(name, entry["command"], entry["config"], _fill(arguments, values)))
+    return folder, recipe["title"], stages
+
+
+def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False) -> Path:
+    """Run the stages that are not finished yet, then write one report of all comparisons.
+
+    A stage counts as finished when its mark holds the hash of what it would do now; an unfinished
+    or outdated one starts over (evaluations of identical weights come from the cache).
+
+    Returns:
+        Path of ``report.md``.
+
+    Raises:
+        SSTMergeError: ``fresh`` on a folder that is not a study's.
+    """
+    console = Console()
+    if fresh and folder.exists():
+        if not (folder / MARKER).exists():
+            raise SSTMergeError(f"{folder} is not the folder of a study: --fresh will not delete it")
+        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise SSTMergeError(f"{folder} holds other files: choose another --output")
+    marks = _read_marks(folder)
+    started = time.monotonic()
+    fingerprint = ""
+    for number, stage in enumerate(stages, 1):
+        fingerprint = stage.fingerprint(fingerprint)
+        head = f"[{number}/{len(stages)}] {stage.command} {stage.name}"
+        if marks.get(stage.name, {}).get("fingerprint") == fingerprint:
+            console.print(f"[bold]{head}[/bold]: finished earlier")
+            continue
+        console.rule(f"[bold]{head}", align="left")
+        marks.pop(stage.name, None)
+        _write_marks(folder, marks)
+        shutil.rmtree(folder / stage.name, ignore_errors=True)
+        begin = time.monotonic()
+        run_lightning(stage.command_line())
+        gc.collect()
+        marks[stage.name] = {
+            "fingerprint": fingerprint,
+            "seconds": round(time.monotonic() - begin, 1),
+            "command": stage.command_line(),
+        }
+        _write_marks(folder, marks)
+    records = [
+        record
+        for stage in stages
+        if stage.command == "compare"
+        for record in read_records(folder / stage.name / "results.json")
+    ]
+    write_records(records, folder / "results.json")
+    report = write_report(records, folder, title)
+    log_figures(records, folder / "tensorboard" / "report")
+    console.print(f"{time.monotonic() - started:.0f} s. Report: {report}")
+    return report
+
+
+def _fill(value: Any, values: dict[str, str]) -> Any:
+    if isinstance(value, str):
+        for key, text in values.items():
+            value = value.replace(key, text)
+        return value
+    if isinstance(value, list):
+        return [_fill(item, values) for item in value]
+    if isinstance(value, dict):
+        return {key: _fill(item, values) for key, item in value.items()}
+    return value
+
+
+def _read_marks(folder: Path) -> dict[str, Any]:
+    path = folder / MARKER
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise SSTMergeError(f"{path}: not valid JSON; run again with --fresh") from error
+
+
+def _write_marks(folder: Path, marks: dict[str, Any]) -> None:
+    write_text(folder / MARKER, json.dumps(marks, indent=1) + "\n")

@@ -1,0 +1,83 @@
+"""LightningModule behind ``sst-merge test``: any PEFT adapter folder, or the bare base."""
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sst_lightning.algebra.adapter import LoraAdapter
+from sst_lightning.algebra.files import refuse_overwrite
+from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
+from sst_lightning.modules.evaluation import EvaluationModule
+from sst_lightning.report.provenance import provenance
+from sst_lightning.report.records import write_records
+from sst_lightning.report.summary import Candidate, build_records
+
+
+class AdapterEvaluation(EvaluationModule):
+    """Measures a base model, with or without one adapter, as PEFT serves it.
+
+    Args:
+        base: alias, hub id or folder of the base model.
+        adapter: PEFT folder; the bare base when not given.
+        output: folder that gets ``results.json``; nothing is written when not given.
+        overwrite: replace a ``results.json`` that exists.
+        dtype: dtype of the base weights.
+        attention: attention implementation.
+        quantization: ``nf4`` for 4-bit base weights.
+        max_new_tokens: length of generated answers.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+    """
+
+    def __init__(
+        self,
+        base: str = "smollm2-135m",
+        adapter: str | None = None,
+        output: str | None = None,
+        overwrite: bool = False,
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "auto",
+        quantization: Quantization | None = None,
+        max_new_tokens: int = 24,
+    ) -> None:
+        super().__init__(base, dtype, attention, quantization, max_new_tokens)
+        self.adapter = None if adapter is None else LoraAdapter.load(Path(adapter))
+        self.output = None if output is None else Path(output)
+        if self.output is not None:
+            refuse_overwrite(self.output / "results.json", overwrite, "model.overwrite: true")
+
+    def build_model(self) -> PreTrainedModel | PeftModel:
+        """Load the base and, through PEFT, the adapter."""
+        model = self.load_base()
+        if self.adapter is None:
+            return model
+        return PeftModel.from_pretrained(model, self.adapter.path)  # type: ignore[arg-type]
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics and write ``results.json``."""
+        super().on_test_epoch_end()
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        tasks = datamodule.evaluation_tasks
+        scores = self.scores([task.name for task in tasks])
+        if self.output is None or not self.trainer.is_global_zero:
+            return
+        assert self.model is not None
+        name = "base" if self.adapter is None else str(self.adapter.path)
+        recipe = None if self.adapter is None else {"adapter_sha256": self.adapter.fingerprint}
+        candidate = Candidate(
+            model=name,
+            method="base" if self.adapter is None else "adapter",
+            parameters={},
+            scores=scores,
+            diagnostics={},
+            provenance=provenance(backbone_fingerprint(self.causal_lm(self.model)), recipe),
+        )
+        records = build_records(
+            [candidate],
+            setting="test",
+            utility_tasks=list(datamodule.utility),
+            rows={task.task: task.rows for task in tasks},
+        )
+        write_records(records, self.output / "results.json")

@@ -1,0 +1,197 @@
+"""Merges of one set of adapters, evaluated side by side and written as records and report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from sst_lightning.algebra.core import Cores
+from sst_lightning.algebra.files import write_text
+from sst_lightning.algebra.methods import MergeMethod, MergeProblem
+from sst_lightning.data.safety_utility import SafetyUtilityData
+from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.modules.evaluator import Evaluator, hash_cores
+from sst_lightning.modules.merge import MergeModule
+from sst_lightning.modules.merging import Merger
+from sst_lightning.modules.verification import verify_saved
+from sst_lightning.report.model_card import model_card
+from sst_lightning.report.provenance import provenance
+from sst_lightning.report.records import write_records
+from sst_lightning.report.report import log_figures, write_report
+from sst_lightning.report.summary import Candidate, build_records
+
+
+@dataclass
+class Merge:
+    """One merge that was saved."""
+
+    method: MergeMethod
+    alpha: float
+    cores: Cores
+    folder: Path
+    recipe: dict[str, Any]
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+class Comparison:
+    """Makes merges, checks each saved adapter, evaluates all of them and writes one report.
+
+    Everything that can be checked without the base model (adapters, data, Fisher files, outputs)
+    is checked when the object is made.
+
+    Args:
+        trainer: runs validation and test passes.
+        model: the adapters.
+        datamodule: calibration and test rows.
+        output: folder of the results.
+        fisher: folder of Fisher files; collected when not given.
+        cache: folder of evaluations; ``<output>/evaluations`` when not given.
+        setting: name of this set of adapters; the names of the utility data sets when not given.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MergeModule,
+        datamodule: SafetyUtilityData,
+        output: Path,
+        fisher: str | None = None,
+        cache: str | None = None,
+        setting: str | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.datamodule = datamodule
+        self.output = output
+        self.setting = setting or "+".join([*(name.upper() for name in datamodule.utility), "A7"])
+        datamodule.setup()
+        self.merger = Merger(trainer, model, datamodule, fisher)
+        model.configure_model()
+        self.merger.check_fishers()
+        self.evaluator = Evaluator(
+            trainer, model, datamodule, Path(cache) if cache else output / "evaluations"
+        )
+        self.merges: list[Merge] = []
+        self._filtered: dict[str, tuple[Cores, MergeProblem, dict[str, Any]]] = {}
+
+    @staticmethod
+    def label(method: MergeMethod) -> str:
+        """Name of a method in folders and tables."""
+        return method.label()
+
+    def add(self, method: MergeMethod, alpha: float, folder: Path, rank: int | None = None) -> Merge:
+        """Merge, save a PEFT adapter to ``folder`` and verify it through PEFT.
+
+        Args:
+            method: merge method; its filter is computed once for all α.
+            alpha: weight of the filtered safety adapter.
+            folder: where the adapter goes.
+            rank: truncate to this rank.
+        """
+        key = json.dumps([method.name, method.parameters()], sort_keys=True)
+        if key not in self._filtered:
+            filtered, problem = self.merger.filtered(method)
+            self._filtered[key] = filtered, problem, self.merger.diagnostics(filtered, problem)
+        filtered, problem, diagnostics = self._filtered[key]
+        cores = method.combine(problem, filtered, alpha)
+        adapter, discarded = self.model.space.decode(
+            cores, rank, base_model=self.model.safety_adapter.base_model
+        )
+        if rank is not None:
+            cores = self.model.space.encode(adapter)
+        recipe = {
+            "method": method.name,
+            "parameters": {**method.parameters(), "alpha": alpha, "rank": rank},
+            "discarded_energy": discarded,
+            "base_model": adapter.base_model,
+            "utility": [str(item.path) for item in self.model.utility_adapters],
+            "utility_weights": self.model.utility_weights,
+            "safety": str(self.model.safety_adapter.path),
+            "adapter_sha256": adapter.fingerprint,
+            "input_sha256": [item.fingerprint for item in self.model.adapters],
+        }
+        if self.trainer.is_global_zero:
+            adapter.save(folder, overwrite=True)
+        self.trainer.strategy.barrier()
+        recipe["verification"] = verify_saved(self.model, folder, cores, self._batch())
+        if self.trainer.is_global_zero:
+            write_text(folder / "merge.json", json.dumps(recipe, indent=1) + "\n")
+            write_text(folder / "README.md", model_card(recipe))
+        rank_zero_info(f"{self.label(method)} α={alpha:g}: saved and verified {folder}")
+        merge = Merge(method, alpha, cores, folder, recipe, diagnostics)
+        self.merges.append(merge)
+        return merge
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Evaluate base, inputs and merges; write results.json, report and TensorBoard figures."""
+        fingerprints = [adapter.fingerprint for adapter in self.model.adapters]
+        candidates = [self._candidate("base", "base", {}, self.evaluator.evaluate(None, "base"))]
+        names = list(self.datamodule.utility)
+        for name, adapter in zip(names, self.model.utility_adapters, strict=False):
+            scores = self.evaluator.evaluate(self.model.space.encode(adapter), adapter.fingerprint)
+            candidates.append(self._candidate(name.upper(), "adapter", {}, scores))
+        if len(self.model.utility_adapters) > 1:
+            weights = hash_cores(self.model.utility_core, fingerprints)
+            scores = self.evaluator.evaluate(self.model.utility_core, weights)
+            label = "+".join(name.upper() for name in names)
+            parameters = {"weights": self.model.utility_weights}
+            candidates.append(self._candidate(label, "utility_merge", parameters, scores))
+        safety = self.evaluator.evaluate(
+            self.model.safety_core, self.model.safety_adapter.fingerprint
+        )
+        candidates.append(self._candidate("A7", "adapter", {}, safety))
+        reference = candidates[-2].scores
+        for number, merge in enumerate(self.merges, 1):
+            rank_zero_info(f"evaluating merge {number} of {len(self.merges)}: {merge.folder.name}")
+            scores = self.evaluator.evaluate(merge.cores, hash_cores(merge.cores, fingerprints))
+            candidates.append(
+                self._candidate(
+                    f"{self.setting} {self.label(merge.method)} α={merge.alpha:g}",
+                    self.label(merge.method),
+                    merge.recipe["parameters"],
+                    scores,
+                    merge.diagnostics,
+                    {"adapter": str(merge.folder), **merge.recipe},
+                )
+            )
+        records = build_records(
+            candidates,
+            setting=self.setting,
+            utility_tasks=names,
+            reference=reference,
+            safety=safety,
+            rows={task.task: task.rows for task in self.datamodule.evaluation_tasks},
+        )
+        if self.trainer.is_global_zero:
+            write_records(records, self.output / "results.json")
+            write_report(records, self.output, f"SST-Merge: {self.setting}")
+            if self.trainer.logger is not None and self.trainer.logger.log_dir:
+                log_figures(records, Path(self.trainer.logger.log_dir))
+        return records
+
+    def _candidate(
+        self,
+        model: str,
+        method: str,
+        parameters: Mapping[str, Any],
+        scores: ModelScores,
+        diagnostics: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> Candidate:
+        return Candidate(
+            model=model,
+            method=method,
+            parameters=dict(parameters),
+            scores=scores,
+            diagnostics=dict(diagnostics or {}),
+            provenance=provenance(self.model.base_fingerprint(), recipe),
+        )
+
+    def _batch(self) -> Mapping[str, Any]:
+        """Two calibration rows of each kind: enough tokens to tell two models apart."""
+        rows = [row for values in self.datamodule.fisher_rows().values() for row in values[:2]]
+        return next(iter(self.datamodule.safety.make_loader(rows, batch_size=len(rows))))

@@ -1,0 +1,90 @@
+"""LightningModule that measures utility and safety of a model in ``test``."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sst_lightning.data.safety_utility import EvaluationTask
+from sst_lightning.metrics import CompletionNLL, ContainsMatch, ExactMatch, RefusalRate, RougeL
+from sst_lightning.modules.backbone import Attention, Dtype, Quantization
+from sst_lightning.modules.causal_lm import CausalLMModule
+
+
+class EvaluationModule(CausalLMModule):
+    """A causal LM with the ``test`` pass of the project: one set of metrics per evaluation task.
+
+    The datamodule gives ``evaluation_tasks`` (one per test dataloader). After ``trainer.test``,
+    ``metrics[task.name]`` holds the torchmetrics of each task with their per-example scores, and
+    ``generations[task.name]`` the answers by row id.
+
+    Args:
+        base: alias, hub id or folder of the base model.
+        dtype: dtype of the base weights.
+        attention: attention implementation.
+        quantization: ``nf4`` for 4-bit base weights.
+        max_new_tokens: length of generated answers.
+    """
+
+    def __init__(
+        self,
+        base: str = "smollm2-135m",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "auto",
+        quantization: Quantization | None = None,
+        max_new_tokens: int = 24,
+    ) -> None:
+        super().__init__(base=base, dtype=dtype, attention=attention, quantization=quantization)
+        self.max_new_tokens = max_new_tokens
+        self.metrics: dict[str, nn.ModuleDict] = {}
+        self.generations: dict[str, dict[str, str]] = defaultdict(dict)
+
+    def on_test_epoch_start(self) -> None:
+        """Open fresh metrics for the tasks of the datamodule."""
+        tasks: list[EvaluationTask] = self.trainer.datamodule.evaluation_tasks  # type: ignore[attr-defined]
+        self.generations = defaultdict(dict)
+        self.metrics = {task.name: _metrics_of(task).to(self.device) for task in tasks}
+
+    def test_step(
+        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Score one batch of one task: completion NLL, or greedy answers."""
+        task: EvaluationTask = self.trainer.datamodule.evaluation_tasks[dataloader_idx]  # type: ignore[attr-defined]
+        metrics = self.metrics[task.name]
+        rows = batch["rows"]
+        ids = [row.id for row in rows]
+        if task.measure == "nll":
+            nll, tokens = self.sequence_nll(batch)
+            metrics["nll"].update(ids, nll, tokens)
+            return
+        answers = self.generate_text(batch, self.max_new_tokens)
+        self.generations[task.name].update(zip(ids, answers, strict=True))
+        if task.kind != "utility":
+            metrics["refusal_rate"].update(ids, answers)
+            return
+        metrics["rouge_l"].update(ids, answers, [row.response for row in rows])
+        checkable = [i for i, row in enumerate(rows) if row.references]
+        for name in ("exact_match", "contains"):
+            metrics[name].update(
+                [ids[i] for i in checkable],
+                [answers[i] for i in checkable],
+                [rows[i].references for i in checkable],
+            )
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean of each metric as ``<task>/<metric>``."""
+        for task, metrics in self.metrics.items():
+            for name, metric in metrics.items():
+                if metric.update_called:
+                    self.log(f"{task}/{name}", metric.compute(), sync_dist=False)
+
+
+def _metrics_of(task: EvaluationTask) -> nn.ModuleDict:
+    if task.measure == "nll":
+        return nn.ModuleDict({"nll": CompletionNLL()})
+    if task.kind == "utility":
+        return nn.ModuleDict(
+            {"rouge_l": RougeL(), "exact_match": ExactMatch(), "contains": ContainsMatch()}
+        )
+    return nn.ModuleDict({"refusal_rate": RefusalRate()})

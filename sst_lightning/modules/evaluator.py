@@ -1,0 +1,92 @@
+"""Runs the test pass on any point in core space, once per distinct weights and rows."""
+
+import hashlib
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+import sst_lightning
+from sst_lightning.algebra.core import Cores
+from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
+from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.modules.merge import MergeModule
+
+
+class Evaluator:
+    """Evaluates cores with ``trainer.test`` and keeps the per-example scores in a cache folder.
+
+    The key is a hash of base model, weights, precision, answer length and rows: a repeated or
+    interrupted run evaluates only what is missing. Tasks are cached separately, so that a model
+    measured in one setting is not measured again on the same rows in the next.
+
+    Args:
+        trainer: runs the test pass.
+        model: holds the adapters.
+        datamodule: gives the evaluation tasks.
+        cache: folder of scores.
+    """
+
+    def __init__(
+        self, trainer: Trainer, model: MergeModule, datamodule: SafetyUtilityData, cache: Path
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.datamodule = datamodule
+        self.cache = cache
+
+    def evaluate(self, cores: Cores | None, weights: str) -> ModelScores:
+        """Return the scores of the base model with ``cores``.
+
+        Args:
+            cores: the cores; ``None`` is the bare base.
+            weights: hash that identifies the weights (see :func:`hash_cores`).
+        """
+        all_tasks = self.datamodule.evaluation_tasks
+        files = {task.name: self.cache / f"{self._key(task, weights)}.json" for task in all_tasks}
+        missing = [task for task in all_tasks if not files[task.name].exists()]
+        if missing:
+            self.model.use_cores(cores)
+            self.datamodule.evaluation_tasks = missing
+            try:
+                self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            finally:
+                self.datamodule.evaluation_tasks = all_tasks
+            for task in missing:
+                scores = self.model.scores([task.name])
+                if self.trainer.is_global_zero:
+                    scores.save(files[task.name])
+            self.trainer.strategy.barrier()
+        return merge_scores([ModelScores.load(files[task.name]) for task in all_tasks])
+
+    def _key(self, task: EvaluationTask, weights: str) -> str:
+        parts = (
+            sst_lightning.__version__,
+            self.model.base_fingerprint(),
+            weights,
+            self.model.dtype_name,
+            str(self.model.quantization),
+            str(self.model.max_new_tokens),
+            task.fingerprint(),
+            task.name,
+        )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def hash_cores(cores: Cores, adapters: list[str]) -> str:
+    """Hash of a merge: fingerprints of the adapters whose core space it is in, and its cores."""
+    digest = hashlib.sha256("\n".join(adapters).encode())
+    for name in sorted(cores):
+        digest.update(name.encode())
+        digest.update(cores[name].double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def merge_scores(parts: list[ModelScores]) -> ModelScores:
+    """Join the scores of several tasks and measures."""
+    result = ModelScores({}, {})
+    for part in parts:
+        for task, metrics in part.values.items():
+            result.values.setdefault(task, {}).update(metrics)
+        for task, answers in part.answers.items():
+            result.answers.setdefault(task, {}).update(answers)
+    return result

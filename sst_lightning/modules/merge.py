@@ -1,0 +1,165 @@
+"""LightningModule that holds a base model and adapters in their common core space."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
+from sst_lightning.algebra.core import Cores, CoreSpace
+from sst_lightning.algebra.errors import AdapterError, SSTMergeError
+from sst_lightning.modules.backbone import (
+    Attention,
+    Dtype,
+    Quantization,
+    backbone_fingerprint,
+    identity,
+)
+from sst_lightning.modules.core_hooks import CoreInjector
+from sst_lightning.modules.evaluation import EvaluationModule
+
+
+class MergeModule(EvaluationModule):
+    """The base model with utility adapters and a safety adapter, at a point in core space.
+
+    The adapters are read, checked and encoded before the base model is loaded. The base weights
+    never change: the module moves between points (base, utility merge, safety adapter, any merge)
+    by swapping the cores that forward hooks add (DESIGN.md section 2).
+
+    Args:
+        utility: folders of the utility adapters.
+        safety: folder of the safety adapter.
+        utility_weights: weight of each utility adapter in the utility merge (default: 1 each).
+        base: alias, hub id or folder of the base model.
+        dtype: dtype of the base weights.
+        attention: attention implementation.
+        quantization: ``nf4`` for 4-bit base weights.
+        max_new_tokens: length of generated answers.
+
+    Raises:
+        AdapterError: an adapter cannot be read, or the adapters do not fit each other or the base.
+    """
+
+    def __init__(
+        self,
+        utility: list[str],
+        safety: str,
+        utility_weights: list[float] | None = None,
+        base: str = "smollm2-135m",
+        dtype: Dtype = "bfloat16",
+        attention: Attention = "auto",
+        quantization: Quantization | None = None,
+        max_new_tokens: int = 24,
+    ) -> None:
+        super().__init__(base, dtype, attention, quantization, max_new_tokens)
+        if not utility:
+            raise SSTMergeError("model.utility is empty: give at least one utility adapter folder")
+        weights = [1.0] * len(utility) if utility_weights is None else list(utility_weights)
+        if len(weights) != len(utility):
+            raise SSTMergeError(
+                f"model.utility_weights has {len(weights)} values for {len(utility)} utility adapters"
+            )
+        self.utility_weights = weights
+        self.utility_adapters = [LoraAdapter.load(Path(path)) for path in utility]
+        self.safety_adapter = LoraAdapter.load(Path(safety))
+        check_compatible(self.adapters)
+        for adapter in self.adapters:
+            _check_base(adapter, base)
+        self.space = CoreSpace.from_adapters(self.adapters)
+        self.utility_core = _weighted_sum(
+            [self.space.encode(adapter) for adapter in self.utility_adapters], weights
+        )
+        self.safety_core = self.space.encode(self.safety_adapter)
+        self.merge_core: Cores | None = None
+        self._injector: CoreInjector | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def adapters(self) -> list[LoraAdapter]:
+        """All adapters of the merge, utility first."""
+        return [*self.utility_adapters, self.safety_adapter]
+
+    def configure_model(self) -> None:
+        """Load the base model once and hook the target modules.
+
+        Raises:
+            AdapterError: a target module is missing in the base model or has another shape.
+        """
+        super().configure_model()
+        if self._injector is None:
+            assert self.model is not None
+            self._injector = CoreInjector(self.model, self.space)
+            self.move_to_point("utility")
+
+    def core_space(self) -> CoreSpace:
+        """Return the core space of the adapters."""
+        return self.space
+
+    def cores_at(self, point: str) -> Cores | None:
+        """Return the cores of a named point; ``None`` is the bare base model.
+
+        Raises:
+            SSTMergeError: the point is unknown, or ``merge`` before a merge was made.
+        """
+        if point == "merge":
+            if self.merge_core is None:
+                raise SSTMergeError("point 'merge' asked for before a merge was made")
+            return self.merge_core
+        points = {"base": None, "utility": self.utility_core, "safety": self.safety_core}
+        if point not in points:
+            raise SSTMergeError(f"unknown point '{point}': use base, utility, safety or merge")
+        return points[point]
+
+    def move_to_point(self, point: str) -> None:
+        """Make the named point the weights of all following forward passes."""
+        self.use_cores(self.cores_at(point))
+
+    def use_cores(self, cores: Mapping[str, Tensor] | None) -> None:
+        """Make ``cores`` the weights of all following forward passes."""
+        if self._injector is None:
+            raise SSTMergeError("the base model is not loaded yet: call configure_model() first")
+        self._injector.set(cores)
+
+    def base_fingerprint(self) -> str:
+        """Hash of the base model (computed once)."""
+        if self._fingerprint is None:
+            assert self.model is not None
+            self._fingerprint = backbone_fingerprint(self.model)
+        return self._fingerprint
+
+    def point_label(self, point: str) -> str:
+        """Name a point so that Fishers of differently weighted utility merges are told apart."""
+        return f"{point} {self.utility_weights}" if point == "utility" else point
+
+    def fisher_metadata(self, point: str) -> dict[str, Any]:
+        """Identify the base model, the adapters and the point a Fisher is taken with."""
+        return {
+            "base_model": identity(self.base),
+            "base_fingerprint": self.base_fingerprint(),
+            "adapter_fingerprints": [adapter.fingerprint for adapter in self.adapters],
+            "point": self.point_label(point),
+        }
+
+
+def _weighted_sum(cores: list[Cores], weights: list[float]) -> Cores:
+    return {
+        name: sum((w * core[name] for w, core in zip(weights, cores, strict=True)), 0 * core[name])
+        for name, core in cores[0].items()
+    }
+
+
+def _check_base(adapter: LoraAdapter, base: str) -> None:
+    """Refuse an adapter that names another base model.
+
+    A local folder may hold any model under any name, so names are compared only when both sides
+    are hub ids; shapes are compared when the base is loaded.
+    """
+    named = adapter.base_model
+    if not named or Path(named).exists() or Path(base).exists():
+        return
+    if identity(named) != identity(base):
+        raise AdapterError(
+            f"{adapter.path}: base_model_name_or_path is '{named}', but model.base is '{base}'. "
+            "Merge adapters only on the base they were trained on"
+        )

@@ -1,0 +1,153 @@
+"""The merge step: Fishers from validation passes, filter, iterate, save, verify."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.fisher import FisherCollector
+from sst_lightning.algebra.core import Cores
+from sst_lightning.algebra.diagnostics import kept_energy_by_module, spectrum
+from sst_lightning.algebra.errors import FisherError
+from sst_lightning.algebra.fisher import FisherStatistics, mix
+from sst_lightning.algebra.methods import MergeMethod, MergeProblem
+from sst_lightning.data.safety_utility import SafetyUtilityData
+from sst_lightning.modules.merge import MergeModule
+
+FISHER_NAMES = ("utility", "harmless", "safety")
+
+
+class Merger:
+    """Turns methods into merges of one set of adapters, taking each Fisher once.
+
+    Args:
+        trainer: runs the validation passes.
+        model: holds the adapters in core space.
+        datamodule: gives the calibration rows.
+        fisher: folder with Fisher files of an earlier ``validate``; collected when not given.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MergeModule,
+        datamodule: SafetyUtilityData,
+        fisher: str | Path | None = None,
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.datamodule = datamodule
+        self.folder = None if fisher is None else Path(fisher)
+        self._at_adapters: dict[str, dict[str, FisherStatistics]] = {}
+        if self.folder is not None:
+            self._load(self.folder)
+
+    def problem(self, method: MergeMethod) -> MergeProblem:
+        """Return the merge problem for ``method``, collecting the Fishers it needs."""
+        problem = MergeProblem(
+            space=self.model.space,
+            utility=self.model.utility_core,
+            safety=self.model.safety_core,
+            fisher_utility=None,
+            fisher_safety=None,
+        )
+        if not method.requires_fisher:
+            return problem
+        fishers = self.fishers(method.estimator)
+        return replace(
+            problem,
+            fisher_utility=mix(method.utility_mixture(fishers, {})),
+            fisher_safety=fishers["safety"].modules,
+        )
+
+    def filtered(self, method: MergeMethod) -> tuple[Cores, MergeProblem]:
+        """Filter the safety core, re-taking F_u at the merge ``method.iterations`` times.
+
+        The Fishers of an iteration are taken at utility + ``method.iteration_alpha`` · filtered
+        (DESIGN.md section 2, "iterated"), so the result does not depend on the final α.
+
+        Returns:
+            The filtered safety core and the problem of the last iteration.
+        """
+        problem = self.problem(method)
+        filtered = method.filter(problem)
+        if not method.requires_fisher:
+            return filtered, problem
+        for iteration in range(method.iterations):
+            rank_zero_info(f"{method.name}: utility Fisher at merge {iteration + 1} of {method.iterations}")
+            self.model.merge_core = {
+                name: core + method.iteration_alpha * filtered[name]
+                for name, core in self.model.utility_core.items()
+            }
+            names = [name for name in self.datamodule.fisher_rows() if name != "safety"]
+            at_merge = self._collect(method.estimator, {name: "merge" for name in names})
+            mixture = method.utility_mixture(self.fishers(method.estimator), at_merge)
+            problem = replace(problem, fisher_utility=mix(mixture))
+            filtered = method.filter(problem)
+        return filtered, problem
+
+    def fishers(self, estimator: str) -> dict[str, FisherStatistics]:
+        """Return F_u and F_s at their default points, collected on first use."""
+        if estimator not in self._at_adapters:
+            if self.folder is not None:
+                have = ", ".join(sorted(self._at_adapters))
+                raise FisherError(
+                    f"{self.folder}: holds Fishers of estimator '{have}', but the method uses "
+                    f"'{estimator}'. Collect them again with FisherCollector.estimator: {estimator}"
+                )
+            points = {"utility": "utility", "harmless": "utility", "safety": "safety"}
+            rows = self.datamodule.fisher_rows()
+            self._at_adapters[estimator] = self._collect(
+                estimator, {name: point for name, point in points.items() if name in rows}
+            )
+        return self._at_adapters[estimator]
+
+    def diagnostics(self, filtered: Cores, problem: MergeProblem) -> dict[str, Any]:
+        """Return what the report draws: kept safety energy per module and the GEVP spectrum."""
+        result: dict[str, Any] = {"kept_energy": kept_energy_by_module(problem.safety, filtered)}
+        if problem.fisher_utility is not None and problem.fisher_safety is not None:
+            values = spectrum(problem.fisher_safety, problem.fisher_utility)
+            if values is not None:
+                result["spectrum"] = values
+        return result
+
+    def _collect(self, estimator: str, points: dict[str, str]) -> dict[str, FisherStatistics]:
+        collector = FisherCollector(points=points, estimator=estimator)  # type: ignore[arg-type]
+        self.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
+        self.datamodule.select_validation(list(points))
+        try:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        finally:
+            self.trainer.callbacks.remove(collector)  # type: ignore[attr-defined]
+            self.datamodule.select_validation(None)
+        return collector.statistics
+
+    def _load(self, folder: Path) -> None:
+        loaded: dict[str, FisherStatistics] = {}
+        for name in FISHER_NAMES:
+            path = folder / f"{name}.safetensors"
+            if name == "harmless" and not path.exists():
+                continue
+            loaded[name] = FisherStatistics.load(path)
+        estimators = {value.metadata.estimator for value in loaded.values()}
+        if len(estimators) != 1:
+            raise FisherError(f"{folder}: its Fishers were taken with different estimators {estimators}")
+        self._at_adapters[estimators.pop()] = loaded
+
+    def check_fishers(self) -> None:
+        """Refuse Fisher files that belong to another merge (base, adapters or points differ).
+
+        Raises:
+            FisherError: names the file, the field that differs and the remedy.
+        """
+        for statistics in self._at_adapters.values():
+            for name, value in statistics.items():
+                point = "safety" if name == "safety" else "utility"
+                identity = self.model.fisher_metadata(point)
+                value.check_matches(
+                    identity["base_fingerprint"],
+                    identity["adapter_fingerprints"],
+                    point=self.model.point_label(point),
+                )

@@ -1,0 +1,94 @@
+"""The Trainer with the two entry points Lightning does not have: ``merge`` and ``compare``."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import lazy_instance
+from lightning.pytorch import Trainer
+
+from sst_lightning.algebra.files import refuse_overwrite
+from sst_lightning.algebra.methods import SST, MergeMethod, TaskArithmetic
+from sst_lightning.data.safety_utility import SafetyUtilityData
+from sst_lightning.modules.comparison import Comparison
+from sst_lightning.modules.merge import MergeModule
+
+DEFAULT_ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5)
+
+
+class SSTTrainer(Trainer):
+    """Lightning's Trainer plus ``merge`` and ``compare``."""
+
+    def merge(
+        self,
+        model: MergeModule,
+        datamodule: SafetyUtilityData,
+        method: MergeMethod = lazy_instance(SST),  # type: ignore[assignment]  # noqa: B008
+        alpha: float = 1.0,
+        output: str = "runs/merge",
+        rank: int | None = None,
+        fisher: str | None = None,
+        evaluate: bool = True,
+        overwrite: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Merge the adapters with one method, save one PEFT adapter, verify and evaluate it.
+
+        Args:
+            model: the adapters.
+            datamodule: calibration and test rows.
+            method: merge method.
+            alpha: weight of the (filtered) safety adapter.
+            output: folder; the merged adapter goes to ``<output>/adapter``.
+            rank: truncate the merged adapter to this rank; exact (at most the sum of ranks) when not
+                given. The discarded energy is reported.
+            fisher: folder with Fisher files of ``sst-merge validate``; collected when not given.
+            evaluate: measure base, inputs and merge on the test rows and write the report.
+            overwrite: replace an ``output`` that exists.
+
+        Returns:
+            The records of ``results.json`` (empty without evaluation).
+        """
+        refuse_overwrite(output, overwrite)
+        comparison = Comparison(self, model, datamodule, Path(output), fisher=fisher)
+        comparison.add(method, alpha, Path(output) / "adapter", rank)
+        return comparison.finish() if evaluate else []
+
+    def compare(
+        self,
+        model: MergeModule,
+        datamodule: SafetyUtilityData,
+        methods: list[MergeMethod] | None = None,
+        alphas: list[float] | None = None,
+        output: str = "runs/compare",
+        setting: str | None = None,
+        rank: int | None = None,
+        fisher: str | None = None,
+        cache: str | None = None,
+        overwrite: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Merge with several methods over a grid of α, and report them side by side.
+
+        Args:
+            model: the adapters.
+            datamodule: calibration and test rows.
+            methods: merge methods; SST and task arithmetic when not given.
+            alphas: weights of the safety adapter; 0.25, 0.5, 0.75, 1 and 1.5 when not given.
+            output: folder; each merge goes to ``<output>/adapters/<method>-alpha-<alpha>``.
+            setting: name of this set of adapters in the report, such as ``A5+A7``.
+            rank: truncate merged adapters to this rank; exact when not given.
+            fisher: folder with Fisher files of ``sst-merge validate``; collected when not given.
+            cache: folder of evaluations shared by runs (``<output>/evaluations`` when not given);
+                identical weights on identical rows are not evaluated again.
+            overwrite: replace an ``output`` that exists.
+
+        Returns:
+            The records of ``results.json``.
+        """
+        refuse_overwrite(output, overwrite)
+        comparison = Comparison(
+            self, model, datamodule, Path(output), fisher=fisher, cache=cache, setting=setting
+        )
+        for method in methods or [SST(), TaskArithmetic()]:
+            for alpha in alphas or DEFAULT_ALPHAS:
+                name = f"{comparison.label(method)}-alpha-{alpha:g}"
+                comparison.add(method, alpha, Path(output) / "adapters" / name, rank)
+        return comparison.finish()

@@ -1,0 +1,85 @@
+"""Proof that a saved adapter is the merge that was measured, and not one of its inputs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from sst_lightning.algebra.core import Cores
+from sst_lightning.algebra.errors import SSTMergeError
+from sst_lightning.modules.merge import MergeModule
+
+# Largest RMS difference of logits, as a share of their RMS. PEFT multiplies other factors of the
+# same ΔW: in fp32 that is rounding, in half precision each layer's output is rounded once more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class VerificationError(SSTMergeError):
+    """A saved adapter, loaded by PEFT, is not the merge it should be."""
+
+
+def verify_saved(
+    module: MergeModule, folder: Path, cores: Cores, batch: Mapping[str, Any]
+) -> dict[str, float]:
+    """Reload ``folder`` through PEFT and compare its logits with the in-memory merge and inputs.
+
+    Args:
+        module: holds the base model and the inputs.
+        folder: saved PEFT adapter.
+        cores: the merge in memory.
+        batch: a few tokenised rows.
+
+    Returns:
+        ``logits_rms_difference`` (share of the logits' RMS) and ``closest_input_difference``.
+
+    Raises:
+        VerificationError: the reloaded adapter differs, or the merge equals one of its inputs.
+    """
+    module.use_cores(cores)
+    merged = _logits(module.model, batch)
+    scale = float(merged.square().mean().sqrt())
+    distances: dict[str, float] = {}
+    for name, point in _inputs(module).items():
+        module.use_cores(point)
+        distances[name] = float((_logits(module.model, batch) - merged).square().mean().sqrt()) / scale
+    closest = min(distances, key=lambda name: distances[name])
+    if distances[closest] == 0:
+        raise VerificationError(
+            f"{folder}: the merge gives the same logits as {closest}; nothing was merged. "
+            "Use another α or method"
+        )
+    module.use_cores(None)
+    # Injects LoRA layers into the shared base and takes them out again.
+    reloaded = PeftModel.from_pretrained(module.model, folder)  # type: ignore[arg-type]
+    try:
+        difference = float((_logits(reloaded, batch) - merged).square().mean().sqrt()) / scale
+    finally:
+        module.model = reloaded.unload()
+        module.use_cores(cores)
+    assert module.model is not None
+    tolerance = TOLERANCE[module.model.dtype]
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"{folder}: reloaded through PEFT its logits differ by {difference:.2g} of their size "
+            f"from the merge in memory (at most {tolerance:g} is rounding). Please report this"
+        )
+    return {"logits_rms_difference": difference, "closest_input_difference": distances[closest]}
+
+
+def _inputs(module: MergeModule) -> dict[str, Cores | None]:
+    inputs: dict[str, Cores | None] = {"the base model": None}
+    for adapter in module.adapters:
+        inputs[f"adapter {adapter.path}"] = module.space.encode(adapter)
+    return inputs
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Logits at the real tokens, (tokens, vocabulary), fp32."""
+    device = next(model.parameters()).device
+    mask = batch["attention_mask"].to(device)
+    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask).logits
+    return logits[mask.bool()].float()
