@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.batching import Batch, EncodedDataset, LengthBucketBatchSampler, collate
+from sst_lightning.data.resumable import ResumableLoader
 from sst_lightning.data.rows import Row, fingerprint_rows
 from sst_lightning.data.sources import Table, read_file, read_hub
 from sst_lightning.data.splits import MINIMAL_SIZES, SPLITS, Split, sample, split_by_group
@@ -241,7 +242,7 @@ class TextDataModule(LightningDataModule):
             [len(item) for item in items], batch_size or self.batch_size, shuffle, self.seed
         )
         pad_id = self.tokenizer.pad_token_id
-        return DataLoader(
+        return ResumableLoader(
             EncodedDataset(items),
             batch_size=None,
             sampler=sampler,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule
+from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
 
 SEVEN_PROJECTIONS = (
@@ -32,8 +34,9 @@ class SupervisedLoRA(CausalLMModule):
     ``seed_everything``'s seed alone. Checkpoints hold the LoRA weights, not the base. Resuming
     (``fit --ckpt_path``) continues with the losses of an uninterrupted run when the loader yields
     an epoch's batches in an order that is a function of (seed, epoch) and can be resumed inside an
-    epoch (:class:`sst_lightning.data.resumable.ResumableLoader`), the checkpoint was written at an
-    optimizer step or later, and dropout is 0 (random states are not part of a checkpoint).
+    epoch (:class:`sst_lightning.data.resumable.ResumableLoader`), and dropout is 0 (random states
+    are not part of a checkpoint). After an interruption between two optimizer steps it continues
+    from the first of them.
 
     Gradient accumulation, precision, clipping and devices are the Trainer's flags.
 
@@ -44,7 +47,7 @@ class SupervisedLoRA(CausalLMModule):
         quantization: ``nf4`` trains on a 4-bit base (QLoRA).
         r: rank of the adapter.
         lora_alpha: scaling numerator: ΔW = (lora_alpha / r) B A.
-        lora_dropout: dropout on the adapter's input.
+        dropout: dropout on the adapter's input.
         target_modules: names (last parts) of the linear layers that get an adapter; by default the
             seven projections of attention and feed-forward network.
         use_rslora: scale by lora_alpha / √r instead.
@@ -63,7 +66,7 @@ class SupervisedLoRA(CausalLMModule):
         quantization: Quantization | None = None,
         r: int = 32,
         lora_alpha: float = 64,
-        lora_dropout: float = 0.0,
+        dropout: float = 0.0,
         target_modules: list[str] | None = None,
         use_rslora: bool = False,
         learning_rate: float = 2e-4,
@@ -82,13 +85,14 @@ class SupervisedLoRA(CausalLMModule):
         self.gradient_checkpointing = gradient_checkpointing
         # The state dict of a checkpoint lacks the base on purpose; on_load_checkpoint checks it.
         self.strict_loading = False
+        self._resumed_from: dict[str, Any] | None = None
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration of the adapter."""
         return LoraConfig(
             r=self.hparams["r"],
             lora_alpha=self.hparams["lora_alpha"],
-            lora_dropout=self.hparams["lora_dropout"],
+            lora_dropout=self.hparams["dropout"],
             target_modules=self.target_modules,
             use_rslora=self.hparams["use_rslora"],
             task_type="CAUSAL_LM",
@@ -118,11 +122,15 @@ class SupervisedLoRA(CausalLMModule):
         return model.train()
 
     def on_train_start(self) -> None:
-        """Check that gradient checkpointing works where it was asked for.
+        """Take up the position of a checkpoint, and check that gradient checkpointing works.
 
         Raises:
-            MisconfigurationException: no layer recomputes its activations.
+            MisconfigurationException: the loader cannot be resumed inside an epoch, or gradient
+                checkpointing was asked for and no layer recomputes its activations.
         """
+        if self._resumed_from is not None:
+            restore_position(self._resumed_from, self.trainer)
+            self._resumed_from = None
         layers = [m for m in self.modules() if isinstance(m, GradientCheckpointingLayer)]
         active = bool(layers) and all(m.gradient_checkpointing and m.training for m in layers)
         if self.gradient_checkpointing and not active:
@@ -165,7 +173,8 @@ class SupervisedLoRA(CausalLMModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise MisconfigurationException(
-                "the learning-rate schedule needs a run of known length: set max_epochs or max_steps"
+                "the learning-rate schedule needs a run of known length: set trainer.max_epochs "
+                "or trainer.max_steps"
             )
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -186,6 +195,8 @@ class SupervisedLoRA(CausalLMModule):
             if name in self._trainable()
         }
         checkpoint["base_fingerprint"] = backbone_fingerprint(self.model)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            rewind_to_optimizer_step(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits: loading is not strict, so nothing else would.
@@ -206,6 +217,7 @@ class SupervisedLoRA(CausalLMModule):
                 f"the checkpoint was made on another base model than {self.base} as it is loaded "
                 "now (other weights, or another quantization)"
             )
+        self._resumed_from = {"loops": checkpoint["loops"]} if "loops" in checkpoint else None
 
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}

@@ -1,0 +1,7 @@
+"""Lightning callbacks, addressed in YAML as ``callbacks.<name>``."""
+
+from callbacks.adapter_export import AdapterExport
+from callbacks.sample_logger import SampleLogger
+from callbacks.throughput import Throughput
+
+__all__ = ["AdapterExport", "SampleLogger", "Throughput"]
