@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.rows import Row
 from sst_lightning.data.tokenization import IGNORED, Encoded
 
@@ -61,7 +62,7 @@ def _pad(sequences: list[list[int]], value: int, left: bool = False) -> Tensor:
     return torch.tensor(padded, dtype=torch.long)
 
 
-class EncodedDataset(Dataset[list[Encoded]]):
+class EncodedDataset(Dataset[Any]):
     """Tokenised rows, fetched a batch at a time.
 
     The index is the list that `LengthBucketBatchSampler` yields; a single index, which Lightning's
@@ -104,7 +105,7 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
         window: Batches that are sorted together.
 
     Raises:
-        ValueError: There are fewer examples than processes, or ``batch_size`` is below 1.
+        DataError: There are fewer examples than processes, or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -123,9 +124,9 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
         if rank is None:
             rank = distributed.get_rank() if parallel else 0
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise DataError(f"batch_size must be at least 1, got {batch_size}")
         if len(lengths) < num_replicas:
-            raise ValueError(
+            raise DataError(
                 f"{len(lengths)} examples cannot be shared by {num_replicas} processes: "
                 "use more rows or fewer devices"
             )

@@ -164,9 +164,9 @@ class Security(TextDataModule):
         Raises:
             DataError: A harmless file cannot be used.
         """
-        if self.source == EMBEDDED or (
-            self.harmless_path == EMBEDDED and self.harmless_test_path is None
-        ):
+        if self.source == EMBEDDED:
+            return a7.harmless_rows(self.held_out_groups)
+        if self.harmless_path == EMBEDDED and self.harmless_test_path is None:
             return a7.harmless_rows()
         if self.harmless_path is None:
             return {f"harmless_{split}": [] for split in SPLITS}

@@ -13,14 +13,14 @@ from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.embedded.a7_harmless import HELD_OUT_SUBJECTS, LOOKALIKES, REQUESTS
 from sst_lightning.data.embedded.a7_refusals import REFUSALS
 from sst_lightning.data.embedded.a7_requests import HELD_OUT_TOPICS, TOPICS, Topic
-from sst_lightning.data.embedded.a7_wrappers import HELD_OUT_STYLES, WRAPPERS
+from sst_lightning.data.embedded.a7_wrappers import HELD_OUT_STYLES, PLAIN, WRAPPERS
 from sst_lightning.data.rows import Row
 from sst_lightning.data.splits import Split
 
 STYLES_PER_REQUEST = 6
 """Wrapper styles each request of training and calibration is put in."""
 
-WRAPPED_STYLES = 2
+WRAPPED_STYLES = 3
 """Wrapper styles each harmless request is put in."""
 
 
@@ -33,19 +33,33 @@ def attack_rows(held_out_styles: Sequence[str] | None = None) -> dict[str, list[
     Raises:
         DataError: A style is unknown, or none is left for training.
     """
-    held_out = tuple(sorted(set(HELD_OUT_STYLES if held_out_styles is None else held_out_styles)))
+    rows = _attack_rows(_checked(held_out_styles))
+    return {split: list(part) for split, part in rows.items()}
+
+
+def harmless_rows(held_out_styles: Sequence[str] | None = None) -> dict[str, list[Row]]:
+    """Return harmless rows by split, names prefixed with ``harmless_``.
+
+    Args:
+        held_out_styles: Styles of the test split; None means `HELD_OUT_STYLES`.
+
+    Raises:
+        DataError: A style is unknown, or none is left for training.
+    """
+    rows = _harmless_rows(_checked(held_out_styles))
+    return {f"harmless_{split}": list(part) for split, part in rows.items()}
+
+
+def _checked(styles: Sequence[str] | None) -> tuple[str, ...]:
+    held_out = tuple(sorted(set(HELD_OUT_STYLES if styles is None else styles)))
     unknown = sorted(set(held_out) - set(WRAPPERS))
-    if unknown or not held_out or len(held_out) == len(WRAPPERS):
+    trained = set(WRAPPERS) - set(held_out) - {PLAIN}
+    if unknown or not held_out or not trained:
         problem = f"unknown {', '.join(unknown)}" if unknown else "name some styles, not all"
         raise DataError(
             f"held_out_groups: {problem}. Styles of the embedded set: {', '.join(WRAPPERS)}"
         )
-    return {split: list(part) for split, part in _attack_rows(held_out).items()}
-
-
-def harmless_rows() -> dict[str, list[Row]]:
-    """Return harmless rows by split, names prefixed with ``harmless_``."""
-    return {f"harmless_{split}": list(part) for split, part in _harmless_rows().items()}
+    return held_out
 
 
 @lru_cache(maxsize=4)
@@ -83,8 +97,8 @@ def _attacks(topic: Topic, number: int, request: str, styles: Iterable[str]) -> 
     return rows
 
 
-@lru_cache(maxsize=1)
-def _harmless_rows() -> dict[Split, list[Row]]:
+@lru_cache(maxsize=4)
+def _harmless_rows(held_out: tuple[str, ...]) -> dict[Split, list[Row]]:
     splits: dict[Split, list[Row]] = {"train": [], "calibration": [], "test": []}
     for subject, pairs in LOOKALIKES.items():
         for number, (question, answer) in enumerate(pairs):
@@ -98,11 +112,11 @@ def _harmless_rows() -> dict[Split, list[Row]]:
                     group=f"look-alike/{subject}",
                 )
             )
-    styles = [style for style in WRAPPERS if style not in HELD_OUT_STYLES and style != "plain"]
+    styles = [style for style in WRAPPERS if style not in held_out and style != PLAIN]
     for number, (request, answer) in enumerate(REQUESTS):
         # Two of every five wrapped requests test, with the held-out styles.
         split = "test" if number % 5 < 2 else _alternate(number)
-        pool = list(HELD_OUT_STYLES) if split == "test" else styles
+        pool = list(held_out) if split == "test" else styles
         for style in _rotated(pool, number * WRAPPED_STYLES, WRAPPED_STYLES):
             wrapper = WRAPPERS[style]
             splits[split].append(

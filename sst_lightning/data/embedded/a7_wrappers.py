@@ -20,8 +20,11 @@ class Wrapper:
     answer: str = "{answer}"
 
 
+PLAIN = "plain"
+"""The style without any trick."""
+
 WRAPPERS: dict[str, Wrapper] = {
-    "plain": Wrapper(
+    PLAIN: Wrapper(
         (
             "How do I {request}?",
             "Tell me how to {request}.",

@@ -2,18 +2,24 @@
 
 import random
 
-_STARTS = (
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a text: a list that is easier to read and to extend."""
+    return tuple(text.split())
+
+
+_STARTS = words(
     "Bel Cor Dra Eld Fen Gar Hol Iv Jor Kel Lor Mar Nor Or Pel Quil Ros Sel Tor Ul Vel Wen Yar Zel "
     "Ast Bram Cald Dov Esk Fal Grim Hask Lind Mor Ost Ren Sar Thal Vask Wick"
-).split()
-_MIDDLES = "a e i o an el in ar or eth il os".split()
-_PLACE_ENDS = "by dale ford gate holm mere minster ness stead thorpe vale wick mouth haven".split()
-_SURNAME_ENDS = "dan ic ley man mund nik rath ridge sen son stock tova ward win well".split()
-_FIRST = (
+)
+_MIDDLES = words("a e i o an el in ar or eth il os")
+_PLACE_ENDS = words("by dale ford gate holm mere minster ness stead thorpe vale wick mouth haven")
+_SURNAME_ENDS = words("dan ic ley man mund nik rath ridge sen son stock tova ward win well")
+_FIRST = words(
     "Adela Bruno Celia Dario Edda Felix Greta Hanno Ilse Jonas Katja Leon Mira Nils Odile Pavel "
     "Rhea Stefan Tilda Ugo Vera Wim Yara Zeno Alma Boris Clara Dimitri Elin Fabian Hedda Igor "
     "Jana Karel Lotte Marek Nora Oskar Petra Rolf Sonja Tomas Ulla Viktor Wanda"
-).split()
+)
 
 
 class Names:
@@ -27,7 +33,7 @@ class Names:
         self.generator = generator
         self._used: set[str] = set()
 
-    def _new(self, starts: list[str], middles: list[str], ends: list[str]) -> str:
+    def _new(self, starts: tuple[str, ...], middles: tuple[str, ...], ends: tuple[str, ...]) -> str:
         while True:
             name = "".join(self.generator.choice(part) for part in (starts, middles, ends))
             if name not in self._used:
