@@ -1,0 +1,183 @@
+"""Oracles: transformers' own dense logits and its own generation of single prompts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from sst_lightning.modules.causal_lm import CausalLMModule
+from sst_lightning.modules.generation import set_greedy_defaults, stop_tokens
+from sst_lightning.modules.plain_head import check_plain_head
+from tests.nano import VOCABULARY, nano_model, nano_tokenizer, random_batch, save_nano
+
+LENGTHS = [(5, 3), (2, 9), (7, 1), (4, 4)]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    return str(save_nano(tmp_path_factory.mktemp("models") / "nano"))
+
+
+@pytest.fixture
+def module(nano):
+    module = CausalLMModule(nano, dtype="float32")
+    module.configure_model()
+    return module
+
+
+def with_lora(module):
+    """The module with a random, non-zero adapter."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    module.model = get_peft_model(module.model, config)
+    return module
+
+
+def dense_nll(model, batch, n):
+    """Summed completion NLL of row n alone, without padding, from all of its logits."""
+    length = int(batch["attention_mask"][n].sum())
+    ids, labels = batch["input_ids"][n : n + 1, :length], batch["labels"][n, 1:length]
+    logits = model(ids).logits[0, :-1].float()
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_sequence_nll_is_the_dense_cross_entropy_of_each_row(module, peft):
+    if peft:
+        with_lora(module)
+    batch = random_batch(LENGTHS)
+    nll, tokens = module.sequence_nll(batch)
+    assert nll.dtype == torch.float32
+    assert tokens.tolist() == [3, 9, 1, 4]
+    expected = torch.stack([dense_nll(module.model, batch, n) for n in range(4)])
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_extra_padding_changes_nothing(module):
+    batch = random_batch(LENGTHS)
+    padded = dict(batch)
+    for key, value in (("input_ids", 50), ("attention_mask", 0), ("labels", -100)):
+        padded[key] = F.pad(batch[key], (0, 6), value=value)
+    torch.testing.assert_close(module.sequence_nll(padded)[0], module.sequence_nll(batch)[0])
+
+
+def test_gradients_are_those_of_the_dense_loss(module):
+    with_lora(module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    batch = random_batch(LENGTHS)
+    ours = torch.autograd.grad(module.sequence_nll(batch)[0].sum(), parameters)
+    dense = sum(dense_nll(module.model, batch, n) for n in range(4))
+    theirs = torch.autograd.grad(dense, parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_head_sees_labelled_positions_only(module):
+    shapes = []
+    module.model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(args[0].shape))
+    module.sequence_nll(random_batch(LENGTHS))
+    assert shapes == [(3 + 9 + 1 + 4, 32)]
+
+
+def test_rows_without_labels_have_zero_nll(module):
+    batch = random_batch([(4, 2), (6, 0)])
+    nll, tokens = module.sequence_nll(batch)
+    assert tokens.tolist() == [2, 0]
+    assert nll[1] == 0
+
+
+def test_validation_nll_is_the_mean_over_tokens(module):
+    """Batches of different sizes: a mean of batch means would be another number."""
+    batches = [random_batch([(3, 9), (2, 8)], seed=1), random_batch([(5, 1)], seed=2)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    logged = trainer.validate(module, loader, verbose=False)[0]["val_nll"]
+    total = sum(
+        float(dense_nll(module.model, b, n)) for b in batches for n in range(len(b["rows"]))
+    )
+    assert logged == pytest.approx(total / 18, rel=1e-5)
+    both = trainer.validate(module, [loader, loader], verbose=False)
+    assert {**both[0], **both[-1]}["val_nll/1"] == pytest.approx(total / 18, rel=1e-5)
+
+
+def test_generation_does_not_depend_on_the_batch(module):
+    batch = random_batch([(5, 1), (2, 1), (11, 1)])
+    together = module.generate_text(batch, 8)
+    for n, answer in enumerate(together):
+        length = int(batch["prompt_mask"][n].sum())
+        single = {
+            "prompt_ids": batch["prompt_ids"][n : n + 1, -length:],
+            "prompt_mask": batch["prompt_mask"][n : n + 1, -length:],
+        }
+        assert module.generate_text(single, 8) == [answer]
+
+
+def test_generation_is_greedy_and_stops_at_end_of_turn(module):
+    batch = random_batch([(6, 1)])
+    ids = batch["prompt_ids"]
+    for _ in range(12):  # the oracle: one full forward pass per token
+        token = module.model(ids).logits[0, -1].argmax()
+        if token == VOCABULARY["<|im_end|>"]:
+            break
+        ids = torch.cat([ids, token.view(1, 1)], 1)
+    expected = module.tokenizer.decode(ids[0, 6:], skip_special_tokens=True)
+    assert module.generate_text(batch, 12) == [expected]
+
+
+def test_generation_stops_where_the_model_ends_its_turn(module):
+    # Make "end of turn" the most likely token always.
+    weight = module.model.get_output_embeddings().weight
+    state = module.model.get_decoder()(torch.tensor([[9, 8]])).last_hidden_state[0, -1]
+    weight.data[VOCABULARY["<|im_end|>"]] = 100 * state
+    batch = {"prompt_ids": torch.tensor([[9, 8]]), "prompt_mask": torch.ones(1, 2).long()}
+    assert module.generate_text(batch, 20) == [""]
+
+
+def test_generation_ignores_the_sampling_defaults_of_the_base():
+    model, tokenizer = nano_model(), nano_tokenizer()
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.3
+    model.generation_config.eos_token_id = [7, 8]
+    set_greedy_defaults(model, tokenizer)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert not model.generation_config.do_sample
+    assert stop_tokens(tokenizer, model) == [VOCABULARY["<|im_end|>"], 7, 8]
+
+
+def test_generation_keeps_the_training_mode_and_works_in_inference_mode(module):
+    module.model.train()
+    with torch.inference_mode():
+        module.generate_text(random_batch([(3, 1)]), 2)
+    assert module.model.training
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 30.0}),
+        (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    ],
+)
+def test_models_that_change_their_logits_are_refused(model_class, config_class, options):
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    with pytest.raises(MisconfigurationException, match=f"{next(reversed(options))}="):
+        check_plain_head(model_class(config_class(**sizes, **options)).eval())
+
+
+def test_an_unknown_change_of_the_logits_is_seen():
+    model = nano_model()
+    check_plain_head(model)
+    model.register_forward_hook(lambda m, args, out: setattr(out, "logits", out.logits * 3))
+    with pytest.raises(MisconfigurationException, match="not its language-model head"):
+        check_plain_head(model)
