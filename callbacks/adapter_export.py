@@ -46,7 +46,7 @@ class AdapterExport(Callback):
         Raises:
             OutputExistsError: the folder has files in it and ``overwrite`` is false.
         """
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             refuse_overwrite(self.path, self.overwrite, "AdapterExport.overwrite: true")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,14 +63,15 @@ class AdapterExport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on rank zero."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if fast_dev_run or not trainer.is_global_zero:
             return
         model = pl_module.model
         assert isinstance(model, PeftModel)
         recipe = _recipe(trainer, pl_module, model)
         with atomic_folder(self.path) as folder:
             # "auto" would ask the hub about the base's vocabulary; embeddings are never trained.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(str(folder), save_embedding_layers=False)
             # PEFT's model card is a form with nothing filled in.
             (folder / "README.md").unlink(missing_ok=True)
             (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
@@ -80,7 +81,7 @@ class AdapterExport(Callback):
 def _recipe(trainer: Trainer, pl_module: LightningModule, model: PeftModel) -> dict[str, Any]:
     """Return what the adapter was made from, as plain JSON values."""
     hparams = dict(pl_module.hparams)
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     return {
         "base_model": identity(hparams["base"]) if "base" in hparams else None,
         "base_fingerprint": backbone_fingerprint(model),

@@ -36,7 +36,8 @@ class SampleLogger(Callback):
         Raises:
             MisconfigurationException: no TensorBoardLogger, or a module without generate_text.
         """
-        if stage != "fit" or trainer.fast_dev_run:
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if stage != "fit" or fast_dev_run:
             return
         if not isinstance(pl_module, CausalLMModule):
             raise MisconfigurationException(
@@ -81,7 +82,7 @@ class SampleLogger(Callback):
         )
         parts = []
         for (ids, row), answer in zip(self._prompts, answers, strict=True):
-            prompt = pl_module.tokenizer.decode(ids, skip_special_tokens=True)
+            prompt = str(pl_module.tokenizer.decode(ids, skip_special_tokens=True))
             parts.append(f"**Prompt**\n\n{_block(prompt)}\n\n**Answer**\n\n{_block(answer)}")
             reference = getattr(row, "response", None)
             if reference is not None:
@@ -91,7 +92,8 @@ class SampleLogger(Callback):
 
     def _active(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        return fitting and not trainer.fast_dev_run and trainer.is_global_zero
+        fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return fitting and not fast_dev_run and trainer.is_global_zero
 
 
 def _writers(trainer: Trainer) -> list[TensorBoardLogger]:

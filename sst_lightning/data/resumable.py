@@ -12,8 +12,8 @@ class ResumableLoader(DataLoader[Batch]):
     """Remembers how many batches of which epoch it has yielded.
 
     Lightning stores ``state_dict`` in checkpoints. After ``load_state_dict`` the loader leaves out
-    the batches of that epoch that were already yielded; later epochs are complete. The sampler
-    has ``set_epoch``, and its order follows from seed and epoch alone
+    the batches of that epoch that were already yielded; later epochs are complete. The
+    sampler's order must follow from seed and epoch alone
     (:class:`sst_lightning.data.batching.LengthBucketBatchSampler`).
     """
 
@@ -23,7 +23,7 @@ class ResumableLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: its body runs at the first batch, when Lightning has set the epoch.
-        self._epoch = int(self.sampler.epoch)  # type: ignore[attr-defined]
+        self._epoch = int(getattr(self.sampler, "epoch", 0))
         self._yielded = 0
         skip = 0
         if self._resume is not None and self._resume[0] == self._epoch:

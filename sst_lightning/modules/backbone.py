@@ -126,6 +126,8 @@ def load_backbone(
         options["device_map"] = {"": device}
     with quiet_transformers():
         model = _from_pretrained(AutoModelForCausalLM, name, source, options)
+    if device.type == "cpu":
+        _keep_nf4_layout(model)
     # The cache folder that the weights came from means nothing on another machine; PEFT copies
     # this attribute into base_model_name_or_path.
     model.name_or_path = identity(name)
@@ -186,6 +188,18 @@ def _nf4_config(quantization: str, dtype: torch.dtype, device: torch.device) -> 
         # bf16 products of dequantised weights are a hundred times slower than fp32 ones on CPUs.
         bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else dtype,
     )
+
+
+def _keep_nf4_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights in place at the first forward pass without grad.
+
+    It does so on CPUs with AVX512-BF16: widths must then be multiples of 64, the weights' bytes
+    (and so their fingerprint) change, and later backward passes silently lose the gradient
+    through these layers (norm 33 instead of 26 982 on a two-layer model, bitsandbytes 0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _from_pretrained(loader: Any, name: str, source: Path, options: dict[str, Any]) -> Any:

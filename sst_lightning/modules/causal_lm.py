@@ -89,7 +89,9 @@ class CausalLMModule(LightningModule):
     @staticmethod
     def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         """Return the transformers model inside ``model``, with PEFT's layers in place."""
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(inner, PreTrainedModel)
+        return inner
 
     def sequence_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the summed completion NLL of each sequence.
@@ -136,7 +138,7 @@ class CausalLMModule(LightningModule):
         training = self.model.training
         self.model.eval()  # dropout off; with gradient checkpointing training mode has no cache
         try:
-            output = self.model.generate(
+            output = self.model.generate(  # type: ignore[operator]
                 input_ids=batch["prompt_ids"],
                 attention_mask=batch["prompt_mask"],
                 max_new_tokens=max_new_tokens,

@@ -104,8 +104,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # transformers keeps treating the dequantised model as a GGUF one and refuses to save it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    model.hf_quantizer = None  # type: ignore[assignment]
+    model.is_quantized = False  # type: ignore[assignment]
     model.config._name_or_path = SMOLLM2
     with atomic_folder(folder) as temporary, quiet_transformers():
         model.save_pretrained(temporary)

@@ -45,7 +45,7 @@ def restore_position(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """
     fit_loop = checkpoint["loops"]["fit_loop"]
     states = fit_loop["state_dict"].get("combined_loader", [])
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if len(states) == 1 and hasattr(loader, "load_state_dict"):
         loader.load_state_dict(states[0])
         return

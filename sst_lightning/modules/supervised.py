@@ -113,7 +113,10 @@ class SupervisedLoRA(CausalLMModule):
                 "the names of its linear layers (the last part, such as q_proj)"
             )
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 renamed it on the way; the old name warns where the new one exists.
+            old = base.gradient_checkpointing_enable
+            enable = getattr(base, "activation_checkpointing_enable", old)
+            enable({"use_reentrant": False})
         with torch.random.fork_rng():
             # What ran before (shuffling, another module) must not change the initial weights.
             torch.manual_seed(torch.initial_seed())
