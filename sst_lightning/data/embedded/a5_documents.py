@@ -25,7 +25,7 @@ def town(n: Names) -> Document:
     )
     return text, [
         (f"Who founded {name}?", founder),
-        (f"On which river does {name} lie?", f"the {river}"),
+        (f"On which river does {name} lie?", river),
         (n.pick(f"When did the mill of {name} burn?|What year was the fire?"), str(fire)),
         (n.pick(f"What does {name} sell today?|Which goods are sold in {name} now?"), crop),
         (f"In which month is the feast of {name}?", month),
