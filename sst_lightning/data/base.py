@@ -1,6 +1,6 @@
 """What all DataModules share: choosing a source, splitting, sampling, tokenising and batching."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from sst_lightning.data.splits import MINIMAL_SIZES, SPLITS, Split, sample, spli
 from sst_lightning.data.tokenization import encode_all
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(LightningDataModule, ABC):
     """Prompts with responses, split into train, calibration and test rows.
 
     After `setup`, ``rows[split]`` holds the rows of "train", "calibration" and "test" (a Security
@@ -130,6 +130,15 @@ class TextDataModule(LightningDataModule):
         Raises:
             DataError: A column is missing or a cell is empty.
         """
+
+    def prepare_data(self) -> None:
+        """Download a hub data set once per machine, before every process reads it from its cache.
+
+        Raises:
+            DataError: It cannot be loaded.
+        """
+        if self.source == "hub":
+            self.read_table()
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and sample the rows, once.

@@ -13,6 +13,7 @@ from sst_lightning.data.embedded.a7_refusals import REFUSALS
 from sst_lightning.data.embedded.a7_requests import HELD_OUT_TOPICS, TOPICS
 from sst_lightning.data.embedded.a7_wrappers import HELD_OUT_STYLES, WRAPPERS
 from sst_lightning.data.rows import fingerprint_rows, prompt_key
+from sst_lightning.data.tokenization import encode
 
 SPLITS = ("train", "calibration", "test")
 
@@ -196,6 +197,23 @@ def test_two_instantiations_are_equal():
 def test_callers_cannot_change_the_set():
     a5.rows()["train"].clear()
     assert len(a5.rows()["train"]) == 360
+
+
+@pytest.mark.real_model
+def test_rows_are_short_for_a_cpu():
+    """The main job trains on two cores at a few hundred tokens a second."""
+    from sst_lightning.modules.backbone import load_tokenizer
+
+    tokenizer = load_tokenizer("smollm2-135m")
+    for rows, longest, mean in (
+        (a5.rows(), 130, 105),
+        (a6.rows(), 75, 50),
+        (a7.attack_rows(), 95, 75),
+        (a7.harmless_rows(), 95, 75),
+    ):
+        lengths = [len(encode(row, tokenizer, 512)) for row in all_rows(rows)]
+        assert max(lengths) <= longest
+        assert sum(lengths) / len(lengths) <= mean
 
 
 @pytest.mark.slow
