@@ -67,6 +67,19 @@ def test_nf4_quantizes_the_projections(nano):
     torch.testing.assert_close(model(ids).logits, dequantised(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_unknown_quantization_and_dtype(nano):
+    with pytest.raises(BackboneError, match="nf4"):
+        load_backbone(str(nano), quantization="int3")
+    with pytest.raises(BackboneError, match="bfloat16"):
+        load_backbone(str(nano), dtype="float8")
+
+
+def test_missing_bitsandbytes_names_the_remedy(nano, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackboneError, match="pip install bitsandbytes"):
+        load_backbone(str(nano), quantization="nf4")
+
+
 def test_nf4_gradients_and_fingerprint_survive_an_inference_pass(nano):
     """bitsandbytes repacks weights at inference on some CPUs, for which it has no backward."""
     model = load_backbone(str(nano), quantization="nf4", dtype="float32")
