@@ -14,7 +14,7 @@ from sst_lightning.algebra.accumulators import FisherAccumulator, make_accumulat
 from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.files import refuse_overwrite
-from sst_lightning.algebra.fisher import FisherMetadata, FisherStatistics
+from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics
 from sst_lightning.modules.core_hooks import CoreGradientCapture, EmbeddingLeaf
 
 

@@ -11,7 +11,7 @@ from callbacks.fisher import FisherCollector
 from sst_lightning.algebra.core import Cores
 from sst_lightning.algebra.diagnostics import kept_energy_by_module, spectrum
 from sst_lightning.algebra.errors import FisherError
-from sst_lightning.algebra.fisher import FisherStatistics, mix
+from sst_lightning.algebra.fisher_file import FisherStatistics, mix
 from sst_lightning.algebra.methods import MergeMethod, MergeProblem
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.merge import MergeModule
