@@ -1,7 +1,8 @@
 """Lightning callbacks, addressed in YAML as ``callbacks.<name>``."""
 
 from callbacks.adapter_export import AdapterExport
+from callbacks.fisher import FisherCollector
 from callbacks.sample_logger import SampleLogger
 from callbacks.throughput import Throughput
 
-__all__ = ["AdapterExport", "SampleLogger", "Throughput"]
+__all__ = ["AdapterExport", "FisherCollector", "SampleLogger", "Throughput"]

@@ -125,7 +125,9 @@ class FisherCollector(Callback):
             )
         if self.output is not None:
             for name in self.points:
-                refuse_overwrite(self._file(name), self.overwrite, "FisherCollector.overwrite: true")
+                refuse_overwrite(
+                    self._file(name), self.overwrite, "FisherCollector.overwrite: true"
+                )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the model and open an accumulator per collected dataloader and module."""

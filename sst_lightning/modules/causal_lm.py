@@ -18,7 +18,7 @@ from sst_lightning.modules.backbone import (
     load_backbone,
     load_tokenizer,
 )
-from sst_lightning.modules.generation import set_greedy_defaults
+from sst_lightning.modules.generation import prepare_generation
 from sst_lightning.modules.plain_head import check_plain_head
 
 Batch = Mapping[str, Any]
@@ -71,7 +71,7 @@ class CausalLMModule(LightningModule):
         if self.model is None:
             model = self.build_model()
             check_plain_head(self.causal_lm(model))
-            set_greedy_defaults(self.causal_lm(model), self.tokenizer)
+            prepare_generation(self.causal_lm(model), self.tokenizer)
             self.model = model
 
     def build_model(self) -> PreTrainedModel | PeftModel:

@@ -83,7 +83,9 @@ class Comparison:
         """Name of a method in folders and tables."""
         return method.label()
 
-    def add(self, method: MergeMethod, alpha: float, folder: Path, rank: int | None = None) -> Merge:
+    def add(
+        self, method: MergeMethod, alpha: float, folder: Path, rank: int | None = None
+    ) -> Merge:
         """Merge, save a PEFT adapter to ``folder`` and verify it through PEFT.
 
         Args:

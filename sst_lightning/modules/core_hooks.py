@@ -80,7 +80,9 @@ class CoreInjector:
         self._handles = []
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def add_core(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def add_core(
+            module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
             factors = self._factors.get(name)
             if factors is None:
                 return None

@@ -1,13 +1,23 @@
 """LightningModule that measures utility and safety of a model in ``test``."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sst_lightning.data.safety_utility import EvaluationTask
-from sst_lightning.metrics import CompletionNLL, ContainsMatch, ExactMatch, RefusalRate, RougeL
+from sst_lightning.metrics import (
+    CompletionNLL,
+    ContainsMatch,
+    ExactMatch,
+    ModelScores,
+    PerExampleMetric,
+    RougeL,
+    VerdictRate,
+    row_key,
+)
 from sst_lightning.modules.backbone import Attention, Dtype, Quantization
 from sst_lightning.modules.causal_lm import CausalLMModule
 
@@ -46,9 +56,7 @@ class EvaluationModule(CausalLMModule):
         self.generations = defaultdict(dict)
         self.metrics = {task.name: _metrics_of(task).to(self.device) for task in tasks}
 
-    def test_step(
-        self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch of one task: completion NLL, or greedy answers."""
         task: EvaluationTask = self.trainer.datamodule.evaluation_tasks[dataloader_idx]  # type: ignore[attr-defined]
         metrics = self.metrics[task.name]
@@ -61,7 +69,8 @@ class EvaluationModule(CausalLMModule):
         answers = self.generate_text(batch, self.max_new_tokens)
         self.generations[task.name].update(zip(ids, answers, strict=True))
         if task.kind != "utility":
-            metrics["refusal_rate"].update(ids, answers)
+            for name in ("refusal", "degenerate"):
+                metrics[name].update(ids, answers)
             return
         metrics["rouge_l"].update(ids, answers, [row.response for row in rows])
         checkable = [i for i, row in enumerate(rows) if row.references]
@@ -74,10 +83,42 @@ class EvaluationModule(CausalLMModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the mean of each metric as ``<task>/<metric>``."""
-        for task, metrics in self.metrics.items():
-            for name, metric in metrics.items():
+        for task in self.trainer.datamodule.evaluation_tasks:  # type: ignore[attr-defined]
+            for name, metric in self.metrics[task.name].items():
                 if metric.update_called:
-                    self.log(f"{task}/{name}", metric.compute(), sync_dist=False)
+                    # compute() has gathered all processes' examples already.
+                    self.log(f"{task.task}/{name}", metric.compute(), rank_zero_only=True)
+
+    def scores(self, names: Sequence[str]) -> ModelScores:
+        """Return the per-example scores of the last test pass, over all processes.
+
+        Args:
+            names: names of evaluation tasks.
+        """
+        result = ModelScores({}, {})
+        for task in self.trainer.datamodule.evaluation_tasks:  # type: ignore[attr-defined]
+            if task.name not in names:
+                continue
+            ids = {row_key(row.id): row.id for row in task.rows}
+            values = result.values.setdefault(task.task, {})
+            for name, metric in self.metrics[task.name].items():
+                assert isinstance(metric, PerExampleMetric)
+                values[name] = {ids[key]: score for key, score in metric.scores().items()}
+                if isinstance(metric, CompletionNLL):
+                    counts = metric.token_counts()
+                    values["tokens"] = {ids[key]: count for key, count in counts.items()}
+            if task.measure == "generation":
+                result.answers[task.task] = self._gathered(task.name)
+        return result
+
+    def _gathered(self, task: str) -> dict[str, str]:
+        """Answers of all processes."""
+        own = dict(self.generations[task])
+        if self.trainer.world_size == 1:
+            return own
+        parts: list[dict[str, str] | None] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, own)
+        return {row: answer for part in parts if part for row, answer in part.items()}
 
 
 def _metrics_of(task: EvaluationTask) -> nn.ModuleDict:
@@ -87,4 +128,6 @@ def _metrics_of(task: EvaluationTask) -> nn.ModuleDict:
         return nn.ModuleDict(
             {"rouge_l": RougeL(), "exact_match": ExactMatch(), "contains": ContainsMatch()}
         )
-    return nn.ModuleDict({"refusal_rate": RefusalRate()})
+    return nn.ModuleDict(
+        {"refusal": VerdictRate("refusal"), "degenerate": VerdictRate("degenerate")}
+    )

@@ -1,5 +1,6 @@
 """The one way this project generates: greedily, until the end of the turn."""
 
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # End-of-turn tokens of the chat formats in use; a base that ends its turns with one of these may
@@ -17,11 +18,11 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> l
     return sorted(token for token in ids if token is not None)
 
 
-def set_greedy_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the generation defaults that a base ships with.
+def prepare_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``model.generate`` greedy, and its prefill fast.
 
-    They fill whatever a call to ``generate`` leaves open: temperature and top-p are ignored by
-    greedy search, but a repetition penalty (Qwen 2.5: 1.05) would change its answers.
+    A base's own generation defaults fill whatever a call leaves open: temperature and top-p are
+    ignored by greedy search, but a repetition penalty (Qwen 2.5: 1.05) would change its answers.
     """
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -30,3 +31,11 @@ def set_greedy_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         eos_token_id=stop_tokens(tokenizer, model),
         pad_token_id=tokenizer.pad_token_id,
     )
+    # generate() gives the head a strided slice, the last position of each prompt, for which torch
+    # copies the head's weight once per sequence: the prefill took twice the time (3.4 against 1.6
+    # seconds for 16 prompts of SmolLM2).
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])

@@ -76,13 +76,15 @@ class Merger:
         if not method.requires_fisher:
             return filtered, problem
         for iteration in range(method.iterations):
-            rank_zero_info(f"{method.name}: utility Fisher at merge {iteration + 1} of {method.iterations}")
+            rank_zero_info(
+                f"{method.name}: utility Fisher at merge {iteration + 1} of {method.iterations}"
+            )
             self.model.merge_core = {
                 name: core + method.iteration_alpha * filtered[name]
                 for name, core in self.model.utility_core.items()
             }
             names = [name for name in self.datamodule.fisher_rows() if name != "safety"]
-            at_merge = self._collect(method.estimator, {name: "merge" for name in names})
+            at_merge = self._collect(method.estimator, dict.fromkeys(names, "merge"))
             mixture = method.utility_mixture(self.fishers(method.estimator), at_merge)
             problem = replace(problem, fisher_utility=mix(mixture))
             filtered = method.filter(problem)
@@ -133,7 +135,9 @@ class Merger:
             loaded[name] = FisherStatistics.load(path)
         estimators = {value.metadata.estimator for value in loaded.values()}
         if len(estimators) != 1:
-            raise FisherError(f"{folder}: its Fishers were taken with different estimators {estimators}")
+            raise FisherError(
+                f"{folder}: its Fishers were taken with different estimators {estimators}"
+            )
         self._at_adapters[estimators.pop()] = loaded
 
     def check_fishers(self) -> None:

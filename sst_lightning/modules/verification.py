@@ -44,7 +44,9 @@ def verify_saved(
     distances: dict[str, float] = {}
     for name, point in _inputs(module).items():
         module.use_cores(point)
-        distances[name] = float((_logits(module.model, batch) - merged).square().mean().sqrt()) / scale
+        distances[name] = (
+            float((_logits(module.model, batch) - merged).square().mean().sqrt()) / scale
+        )
     closest = min(distances, key=lambda name: distances[name])
     if distances[closest] == 0:
         raise VerificationError(

@@ -1,0 +1,267 @@
+"""Intervals for scores and for what a merge gains and costs, paired by example."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+NOT_SIGNIFICANT = "undefined (gain not significant)"
+ZERO_REFERENCE = "undefined (reference is 0)"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval.
+
+    Attributes:
+        value: the figure; ``None`` where it is undefined.
+        low: lower end.
+        high: upper end.
+        n: number of examples.
+        note: why the figure is undefined.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    note: str = ""
+
+
+def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return Interval(None, None, None, 0, "no examples")
+    z = float(norm.ppf(0.5 + confidence / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def resample(n: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int64]:
+    """Bootstrap indices, (resamples, n); the same for the same n and seed, which pairs models."""
+    return np.random.default_rng(seed).integers(0, max(n, 1), size=(resamples, n))
+
+
+def bootstrap(statistic: Callable[..., Array], *arrays: Array, seed: int = 0) -> Interval:
+    """Percentile bootstrap of a statistic of arrays over the same examples.
+
+    Args:
+        statistic: maps arrays (..., n) to (...,), summing over the last axis.
+        arrays: (n,) each; resampled together.
+        seed: of the resampling.
+    """
+    n = len(arrays[0])
+    if n == 0:
+        return Interval(None, None, None, 0, "no examples")
+    indices = resample(n, seed)
+    draws = statistic(*(array[indices] for array in arrays))
+    return _interval(float(statistic(*arrays)), draws, n)
+
+
+def bootstrap_mean(scores: Array, seed: int = 0) -> Interval:
+    """Mean with its bootstrap interval."""
+    return bootstrap(lambda x: x.mean(axis=-1), scores, seed=seed)
+
+
+def bootstrap_ratio_of_sums(numerator: Array, denominator: Array, seed: int = 0) -> Interval:
+    """Σ numerator / Σ denominator, such as NLL per token, resampling examples."""
+    return bootstrap(
+        lambda x, y: x.sum(axis=-1) / y.sum(axis=-1), numerator, denominator, seed=seed
+    )
+
+
+def paired_difference(scores: Array, reference: Array, seed: int = 0) -> Interval:
+    """mean(scores) − mean(reference) on the same examples."""
+    return bootstrap(lambda x, y: (x - y).mean(axis=-1), scores, reference, seed=seed)
+
+
+@dataclass(frozen=True)
+class SafetyTax:
+    """What safety cost, with paired-bootstrap intervals.
+
+    Attributes:
+        utility_drop_rate: (U_ref − U) / U_ref.
+        safety_gain_rate: (S − S_ref) / S_ref.
+        safety_tax: utility_drop_rate / safety_gain_rate (the original's definition).
+        safety_tax_absolute: (U_ref − U) / (S − S_ref) (the variant its reports used).
+        alignment_drift: 1 − S / S_safety: share of the safety adapter's own rate that is lost.
+    """
+
+    utility_drop_rate: Interval
+    safety_gain_rate: Interval
+    safety_tax: Interval
+    safety_tax_absolute: Interval
+    alignment_drift: Interval
+
+
+def safety_tax(
+    utility: Array,
+    utility_reference: Array,
+    safety: Array,
+    safety_reference: Array,
+    safety_adapter: Array,
+    seed: int = 0,
+) -> SafetyTax:
+    """Compute the tax of a merge against its reference, the utility model before safety.
+
+    Utility rows and attacks are resampled independently of each other, each paired across models.
+    Both taxes are undefined, not 0 or ∞, where the interval of the safety gain includes 0.
+
+    Args:
+        utility: score of the merge on each utility row (higher is better), (n_u,).
+        utility_reference: of the reference on the same rows.
+        safety: 1 where the merge refuses an attack, (n_s,).
+        safety_reference: of the reference on the same attacks.
+        safety_adapter: of the safety adapter alone on the same attacks.
+        seed: of the resampling.
+    """
+    rows, attacks = resample(len(utility), seed), resample(len(safety), seed + 1)
+    u, u_ref = _with_draws(utility, rows), _with_draws(utility_reference, rows)
+    s, s_ref = _with_draws(safety, attacks), _with_draws(safety_reference, attacks)
+    s_full = _with_draws(safety_adapter, attacks)
+    n_u, n_s = len(utility), len(safety)
+    gain = _make(s - s_ref, n_s)
+    significant = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
+    drop_rate = _ratio(u_ref - u, u_ref, n_u, ZERO_REFERENCE)
+    gain_rate = _ratio(s - s_ref, s_ref, n_s, ZERO_REFERENCE)
+    undefined = Interval(None, None, None, n_u + n_s, NOT_SIGNIFICANT)
+    tax = absolute = undefined
+    if significant:
+        absolute = _ratio(u_ref - u, s - s_ref, n_u + n_s, ZERO_REFERENCE)
+        # The same as drop rate / gain rate, without dividing by a gain rate that is infinite.
+        tax = _ratio((u_ref - u) * s_ref, u_ref * (s - s_ref), n_u + n_s, ZERO_REFERENCE)
+        if s_ref[0] == 0:
+            tax = Interval(None, None, None, n_u + n_s, ZERO_REFERENCE)
+    drift = _ratio(s_full - s, s_full, n_s, ZERO_REFERENCE)
+    return SafetyTax(drop_rate, gain_rate, tax, absolute, drift)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method over α, as per-example scores.
+
+    Attributes:
+        safety: (points, n_s): score of each attack at each α (refused, or minus refusal NLL).
+        cost: (points, n_u): utility cost of each row against the reference.
+        cost_weight: (n_u,): weight of each row in the mean cost (completion tokens).
+        over_refusal: (points, n_h): 1 where a harmless prompt is refused.
+    """
+
+    safety: Array
+    cost: Array
+    cost_weight: Array
+    over_refusal: Array
+
+
+def matched_cost(curve: Curve, reference: Curve, seed: int = 0) -> tuple[Interval, Interval]:
+    """Compare two methods at equal safety.
+
+    Both curves start at α = 0 (the reference's point 0, cost 0), are made monotone in safety, and
+    are interpolated linearly on the same safety levels, the range both reach above the start.
+
+    Args:
+        curve: the method; point 0 is the utility model.
+        reference: the method it is compared with, on the same examples; point 0 likewise.
+        seed: of the resampling.
+
+    Returns:
+        Mean cost of ``curve`` over mean cost of ``reference`` at equal safety, and the difference
+        of their mean over-refusal rates there. Undefined where the reference costs nothing or
+        safety does not rise.
+    """
+    n_s, n_u, n_h = curve.safety.shape[1], curve.cost.shape[1], curve.over_refusal.shape[1]
+    samples = [resample(n, seed + i, 500) for i, n in enumerate((n_s, n_u, n_h))]
+    ratios, differences = [], []
+    for draw in range(-1, 500):
+        indices = [
+            np.arange(n) if draw < 0 else s[draw]
+            for n, s in zip((n_s, n_u, n_h), samples, strict=True)
+        ]
+        points = [_means(item, indices) for item in (curve, reference)]
+        ratio, difference = _compare(points[0], points[1])
+        ratios.append(ratio)
+        differences.append(difference)
+    n = n_s + n_u + n_h
+    note = "undefined (no common safety range, or the reference costs nothing)"
+    return _from_draws(ratios, n, note), _from_draws(differences, n, note)
+
+
+def pareto_front(cost: Array, gain: Array) -> NDArray[np.bool_]:
+    """Mark the points that no other point beats: lower or equal cost, higher or equal gain."""
+    better = (cost[None] <= cost[:, None]) & (gain[None] >= gain[:, None])
+    strictly = (cost[None] < cost[:, None]) | (gain[None] > gain[:, None])
+    return np.asarray(~(better & strictly).any(axis=1))
+
+
+def _means(curve: Curve, indices: list[NDArray[np.int64]]) -> tuple[Array, Array, Array]:
+    weight = curve.cost_weight[indices[1]]
+    return (
+        curve.safety[:, indices[0]].mean(axis=1),
+        (curve.cost[:, indices[1]]).sum(axis=1) / weight.sum(),
+        curve.over_refusal[:, indices[2]].mean(axis=1),
+    )
+
+
+def _compare(
+    points: tuple[Array, Array, Array], reference: tuple[Array, Array, Array]
+) -> tuple[float, float]:
+    start = points[0][0]
+    top = min(points[0].max(), reference[0].max())
+    if not top > start:
+        return math.nan, math.nan
+    levels = np.linspace(start, top, 21)[1:]
+    cost, cost_reference = (_at_levels(p[0], p[1], levels).mean() for p in (points, reference))
+    over, over_reference = (_at_levels(p[0], p[2], levels).mean() for p in (points, reference))
+    ratio = cost / cost_reference if cost_reference > 0 else math.nan
+    return float(ratio), float(over - over_reference)
+
+
+def _at_levels(safety: Array, value: Array, levels: Array) -> Array:
+    """Interpolate ``value`` at safety levels along the first rise of the curve."""
+    highest = np.maximum.accumulate(safety)
+    rising = np.concatenate([[True], highest[1:] > highest[:-1]])
+    return np.interp(levels, highest[rising], value[rising])
+
+
+def _with_draws(scores: Array, indices: NDArray[np.int64]) -> Array:
+    """Mean of the scores, then of each resample: (1 + resamples,)."""
+    if len(scores) == 0:
+        return np.full(1 + len(indices), np.nan)
+    return np.concatenate([[scores.mean()], scores[indices].mean(axis=1)])
+
+
+def _make(values: Array, n: int) -> Interval:
+    return _interval(float(values[0]), values[1:], n)
+
+
+def _ratio(numerator: Array, denominator: Array, n: int, note: str) -> Interval:
+    if n == 0 or denominator[0] == 0:
+        return Interval(None, None, None, n, note)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _make(numerator / denominator, n)
+
+
+def _interval(value: float, draws: Array, n: int) -> Interval:
+    finite = draws[np.isfinite(draws)]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(finite, [tail, 100 - tail]) if len(finite) else (math.nan,) * 2
+    if not (math.isfinite(value) and math.isfinite(low)):
+        return Interval(None, None, None, n, "undefined")
+    return Interval(value, float(low), float(high), n)
+
+
+def _from_draws(values: list[float], n: int, note: str) -> Interval:
+    draws = np.array(values[1:])
+    # An interval from the few resamples where the figure exists would look surer than it is.
+    if not math.isfinite(values[0]) or np.isfinite(draws).mean() < CONFIDENCE:
+        return Interval(None, None, None, n, note)
+    return _interval(values[0], draws, n)
