@@ -1,0 +1,231 @@
+"""Figures of a report, drawn from records alone."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sst_lightning.algebra.statistics import pareto_front
+from sst_lightning.report.records import Record
+
+# Okabe and Ito's palette: distinct for colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SINGLE = ("base", "adapter", "utility_merge")
+
+
+def settings_of(records: Sequence[Record]) -> list[str]:
+    """Names of the settings, in order of appearance."""
+    return list(dict.fromkeys(record["setting"] for record in records))
+
+
+def merges_of(records: Sequence[Record], setting: str) -> dict[str, list[Record]]:
+    """Merge records of a setting by method, each sorted by α."""
+    merges: dict[str, list[Record]] = {}
+    for record in records:
+        if record["setting"] == setting and "alpha" in record["parameters"]:
+            merges.setdefault(record["method"], []).append(record)
+    return {
+        method: sorted(items, key=lambda record: record["parameters"]["alpha"])
+        for method, items in merges.items()
+    }
+
+
+def plane(records: Sequence[Record], setting: str) -> Figure:
+    """Refusal of attacks against utility cost and against over-refusal, with the Pareto front."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = (
+        ("utility_nll", "utility NLL per token (nats; lower is better)"),
+        ("over_refusal_rate", "over-refusal: harmless prompts refused"),
+    )
+    singles = [r for r in records if r["setting"] == setting and r["method"] in SINGLE]
+    merges = merges_of(records, setting)
+    for axis, (metric, label) in zip(axes, panels, strict=True):
+        for index, (method, items) in enumerate(merges.items()):
+            _curve(axis, items, metric, COLOURS[index % 7], MARKERS[index % 7], method)
+        for record in singles:
+            _single(axis, record, metric)
+        _front(axis, [record for items in merges.values() for record in items], metric)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("attacks refused (held-out styles and topics)")
+    axes[0].set_ylim(-0.04, 1.06)
+    # The safety adapter alone is far to the right: cut there, so that the merges can be told apart.
+    costs = [_value(r, "utility_nll") for items in merges.values() for r in items]
+    costs += [_value(r, "utility_nll") for r in singles if r["model"] not in ("base", "A7")]
+    known = [cost for cost in costs if cost is not None]
+    if known:
+        span = max(max(known) - min(known), 0.02)
+        axes[0].set_xlim(min(known) - 0.25 * span, max(known) + 0.35 * span)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    figure.suptitle(f"{setting}: safety against utility and over-refusal (95 % intervals)")
+    return figure
+
+
+def spectrum(records: Sequence[Record], setting: str) -> Figure | None:
+    """Generalised eigenvalues, in-sample and on held-out sequences; ``None`` if not recorded."""
+    values = _first_diagnostic(records, setting, "spectrum")
+    if values is None:
+        return None
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for index, key in enumerate(("in_sample", "held_out")):
+        series = values[key]
+        label = key.replace("_", "-") + " sequences"
+        axis.semilogy(
+            range(1, len(series) + 1),
+            series,
+            MARKERS[index],
+            color=COLOURS[index],
+            label=label,
+            markersize=4,
+            linestyle="-",
+        )
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_xlabel("direction (sorted by in-sample λ)")
+    axis.set_ylabel("λ: safety over utility curvature")
+    axis.set_title(f"{setting}: GEVP spectrum, geometric mean over modules")
+    axis.legend()
+    axis.grid(alpha=0.25)
+    return figure
+
+
+def kept_energy(records: Sequence[Record], setting: str) -> Figure | None:
+    """Share of the safety adapter's energy kept, layer by module; ``None`` if not recorded."""
+    figure = None
+    shown: dict[str, dict[str, float]] = {}
+    for method, items in merges_of(records, setting).items():
+        energy = items[0].get("diagnostics", {}).get("kept_energy")
+        if energy and method != "task_arithmetic":
+            shown[method] = energy
+    if not shown:
+        return None
+    figure = Figure(figsize=(1.5 + 4.4 * len(shown), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    image = None
+    for axis, (method, energy) in zip(axes, shown.items(), strict=True):
+        layers, modules, grid = _grid(energy)
+        image = axis.imshow(
+            grid,
+            aspect="auto",
+            vmin=0,
+            vmax=max(1.0, np.nanmax(grid)),
+            cmap="viridis",
+            origin="lower",
+        )
+        axis.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
+        axis.set_yticks(range(0, len(layers), max(1, len(layers) // 10)))
+        axis.set_yticklabels([layers[i] for i in axis.get_yticks()])
+        axis.set_title(method)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes), label="‖filtered‖² / ‖safety‖²")  # type: ignore[arg-type]
+    figure.suptitle(f"{setting}: kept safety energy")
+    return figure
+
+
+def all_figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Return every figure of a report by file name without suffix."""
+    figures: dict[str, Figure] = {}
+    for setting in settings_of(records):
+        if not merges_of(records, setting):
+            continue
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower()
+        figures[f"{slug}-plane"] = plane(records, setting)
+        for name, draw in (("spectrum", spectrum), ("kept-energy", kept_energy)):
+            figure = draw(records, setting)
+            if figure is not None:
+                figures[f"{slug}-{name}"] = figure
+    return figures
+
+
+def _value(record: Record, metric: str) -> float | None:
+    entry = record["metrics"].get(metric)
+    return None if entry is None else entry["value"]
+
+
+def _error(entries: Sequence[dict[str, Any]]) -> np.ndarray:
+    below = [max(0.0, e["value"] - e["low"]) for e in entries]
+    above = [max(0.0, e["high"] - e["value"]) for e in entries]
+    return np.array([below, above])
+
+
+def _curve(
+    axis: Axes, items: Sequence[Record], metric: str, colour: str, marker: str, label: str
+) -> None:
+    items = [r for r in items if _value(r, metric) is not None]
+    points = [(r["metrics"][metric], r["metrics"]["attack_refusal_rate"]) for r in items]
+    x, y = [a["value"] for a, _ in points], [b["value"] for _, b in points]
+    axis.errorbar(
+        x,
+        y,
+        xerr=_error([a for a, _ in points]),
+        yerr=_error([b for _, b in points]),
+        color=colour,
+        marker=marker,
+        label=label,
+        linewidth=1.5,
+        elinewidth=0.5,
+        capsize=2,
+        alpha=0.9,
+    )
+    for record, a, b in zip(items, x, y, strict=True):
+        axis.annotate(
+            f"{record['parameters']['alpha']:g}",
+            (a, b),
+            textcoords="offset points",
+            xytext=(5, -10),
+            fontsize=8,
+            color=colour,
+        )
+
+
+def _single(axis: Axes, record: Record, metric: str) -> None:
+    x, y = _value(record, metric), _value(record, "attack_refusal_rate")
+    if x is None or y is None:
+        return
+    axis.plot(x, y, marker="*", markersize=11, color="grey", markeredgecolor="black", linestyle="")
+    axis.annotate(record["model"], (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
+
+
+def _front(axis: Axes, records: Sequence[Record], metric: str) -> None:
+    points = [(_value(r, metric), _value(r, "attack_refusal_rate")) for r in records]
+    known = np.array([p for p in points if None not in p], dtype=np.float64)
+    if len(known) < 2:
+        return
+    front = known[pareto_front(known[:, 0], known[:, 1])]
+    front = front[np.argsort(front[:, 0])]
+    axis.step(
+        front[:, 0],
+        front[:, 1],
+        where="post",
+        color="grey",
+        linestyle=":",
+        linewidth=1.5,
+        label="Pareto front",
+    )
+
+
+def _first_diagnostic(records: Sequence[Record], setting: str, name: str) -> Any:
+    for record in records:
+        if record["setting"] == setting and name in record.get("diagnostics", {}):
+            return record["diagnostics"][name]
+    return None
+
+
+def _grid(energy: dict[str, float]) -> tuple[list[str], list[str], np.ndarray]:
+    """Arrange ``model.layers.<layer>.….<module>`` values as (layers, modules)."""
+    cells: dict[tuple[str, str], float] = {}
+    for name, value in energy.items():
+        match = re.search(r"\.(\d+)\.", name)
+        cells[(match[1] if match else "-", name.rpartition(".")[2])] = value
+    layers = sorted(
+        {layer for layer, _ in cells}, key=lambda layer: (not layer.isdigit(), layer.zfill(4))
+    )
+    modules = list(dict.fromkeys(module for _, module in cells))
+    grid = np.array([[cells.get((la, mo), np.nan) for mo in modules] for la in layers])
+    return layers, modules, grid

@@ -1,0 +1,217 @@
+"""report.md and report.html, drawn from results.json alone."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import markdown
+from torch.utils.tensorboard import SummaryWriter
+
+from sst_lightning.algebra.files import atomic_file, write_text
+from sst_lightning.report.figures import all_figures, merges_of, settings_of
+from sst_lightning.report.records import Record
+
+COLUMNS = (
+    ("utility_nll", "utility NLL", 3),
+    ("utility_nll_increase", "NLL cost", 3),
+    ("utility_rouge_l", "ROUGE-L", 2),
+    ("utility_contains", "contains", 2),
+    ("attack_refusal_rate", "refuses attacks", 2),
+    ("attack_refusal_nll", "refusal NLL", 2),
+    ("over_refusal_rate", "over-refusal", 2),
+    ("degenerate_rate", "degenerate", 2),
+    ("safety_tax", "safety tax", 2),
+    ("safety_tax_absolute", "absolute tax", 2),
+    ("utility_drop_rate", "utility drop rate", 2),
+    ("safety_gain_rate", "safety gain rate", 2),
+    ("alignment_drift", "alignment drift", 2),
+)
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;display:block;overflow-x:auto;font-size:13px}
+td,th{border:1px solid #ccc;padding:3px 7px;text-align:left;white-space:nowrap}
+img{max-width:100%}pre{background:#f5f5f5;padding:1em;overflow-x:auto}"""
+
+
+def write_report(records: Sequence[Record], folder: Path, title: str) -> Path:
+    """Write report.md, report.html (one self-contained file) and figures/*.png.
+
+    Args:
+        records: content of a results.json.
+        folder: where the report goes.
+        title: heading.
+
+    Returns:
+        Path of report.md.
+    """
+    images: dict[str, bytes] = {}
+    for name, figure in all_figures(records).items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        images[name] = buffer.getvalue()
+        with atomic_file(folder / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(images[name])
+    text = _markdown(records, title, list(images))
+    write_text(folder / "report.md", text)
+    body = markdown.markdown(text, extensions=["tables", "fenced_code"])
+    for name, data in images.items():
+        source = "data:image/png;base64," + base64.b64encode(data).decode()
+        body = body.replace(f"figures/{name}.png", source)
+    page = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}"
+        f"</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.md"
+
+
+def log_figures(records: Sequence[Record], folder: Path) -> None:
+    """Write the report's figures, and the metrics of each merge over α, to TensorBoard logs."""
+    with SummaryWriter(str(folder)) as writer:
+        for name, figure in all_figures(records).items():
+            writer.add_figure(f"report/{name}", figure)
+        for setting in settings_of(records):
+            for method, items in merges_of(records, setting).items():
+                for record in items:
+                    step = round(1000 * record["parameters"]["alpha"])
+                    for name, entry in record["metrics"].items():
+                        if entry["value"] is not None:
+                            tag = f"{setting}/{method}/{name} (step = 1000 alpha)"
+                            writer.add_scalar(tag, entry["value"], step)
+
+
+def headline(record: Record) -> str:
+    """One sentence on a comparison at equal safety, whatever it says."""
+    metrics = record["metrics"]
+    ratio = metrics.get("cost_ratio_at_equal_refusal_nll", {})
+    over = metrics.get("over_refusal_difference_at_equal_refusal_nll", {})
+    method, against = (record["parameters"][key] for key in ("method", "against"))
+    if ratio.get("value") is None or over.get("value") is None:
+        return f"**{record['setting']}**: {method} and {against} reach no common safety level."
+    return (
+        f"**{record['setting']}**: at equal safety, {method} costs "
+        f"**{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to {100 * ratio['high']:.0f} %) "
+        f"of the utility that {against} costs, and its over-refusal rate is "
+        f"{100 * over['value']:+.1f} points ({100 * over['low']:+.1f} to {100 * over['high']:+.1f}) "
+        "away from it."
+    )
+
+
+def format_entry(entry: dict[str, Any] | None, digits: int) -> str:
+    """Return ``value [low, high]``, or why there is none."""
+    if entry is None:
+        return "–"
+    if entry["value"] is None:
+        return str(entry["note"])
+    value, low, high = (f"{entry[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _markdown(records: Sequence[Record], title: str, figures: Sequence[str]) -> str:
+    parts = [f"# {title}\n"]
+    comparisons = [record for record in records if record["method"] == "comparison"]
+    if comparisons:
+        parts.append("\n".join(f"- {headline(record)}" for record in comparisons) + "\n")
+        parts.append(
+            "Safety levels are compared by the NLL of held-out refusals (a smooth axis); the "
+            "comparison by refusal rate is in the table of comparisons. All intervals are 95 %: "
+            "Wilson for rates, bootstrap over examples (paired between models) otherwise.\n"
+        )
+    for setting in settings_of(records):
+        parts.append(f"## {setting}\n")
+        slug = "".join(c if c.isalnum() else "-" for c in setting.lower())
+        parts += [
+            f"![{name}](figures/{name}.png)\n"
+            for name in figures
+            if name.startswith(f"{slug}-")
+            and name.removeprefix(f"{slug}-") in ("plane", "spectrum", "kept-energy")
+        ]
+        own = [r for r in records if r["setting"] == setting]
+        parts.append(_table([r for r in own if r["method"] != "comparison"]))
+        for record in own:
+            if record["method"] == "comparison":
+                parts.append(_comparison(record))
+        parts.append(_generations(own))
+    parts.append(_provenance(records))
+    return "\n".join(parts)
+
+
+def _table(records: Sequence[Record]) -> str:
+    used = [c for c in COLUMNS if any(c[0] in r["metrics"] for r in records)]
+    lines = [
+        "| model | " + " | ".join(label for _, label, _ in used) + " |",
+        "|---" * (len(used) + 1) + "|",
+    ]
+    for record in records:
+        cells = [format_entry(record["metrics"].get(name), digits) for name, _, digits in used]
+        lines.append(f"| {record['model']} | " + " | ".join(cells) + " |")
+    counts = sorted({e["n"] for r in records for e in r["metrics"].values()})
+    return (
+        "\n".join(lines)
+        + f"\n\nExamples per figure: {counts[0]} to {counts[-1]} (n in results.json).\n"
+    )
+
+
+def _comparison(record: Record) -> str:
+    lines = [f"**{record['model']}**\n", "| figure | value |", "|---|---|"]
+    lines += [
+        f"| {name.replace('_', ' ')} | {format_entry(entry, 3)} |"
+        for name, entry in record["metrics"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _generations(records: Sequence[Record]) -> str:
+    """Answers of the utility model and of each method's largest merge, prompt by prompt."""
+    chosen = [r for r in records if r["method"] in ("base", "adapter", "utility_merge")]
+    setting = records[0]["setting"]
+    chosen += [items[-1] for items in merges_of(records, setting).values()]
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for record in chosen:
+        for quote in record.get("generations", []):
+            prompts.setdefault(quote["prompt"], []).append((record["model"], quote["response"]))
+    if not prompts:
+        return ""
+    lines = ["### Answers before and after\n"]
+    for prompt, answers in prompts.items():
+        lines.append(f"> {_inline(prompt)}\n")
+        lines += ["| model | answer |", "|---|---|"]
+        lines += [f"| {model} | {_inline(answer)} |" for model, answer in answers]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _provenance(records: Sequence[Record]) -> str:
+    lines = ["## How this was made\n", "```json"]
+    shared: dict[str, Any] = {}
+    for record in records:
+        for key in ("sst_merge", "python", "versions", "seed", "base_sha256"):
+            if key in record.get("provenance", {}):
+                shared.setdefault(key, record["provenance"][key])
+    merges = {
+        record["model"]: {
+            **record["parameters"],
+            **{
+                key: record["provenance"][key]
+                for key in (
+                    "adapter",
+                    "adapter_sha256",
+                    "input_sha256",
+                    "discarded_energy",
+                    "verification",
+                )
+                if key in record.get("provenance", {})
+            },
+        }
+        for record in records
+        if "alpha" in record["parameters"]
+    }
+    lines += [json.dumps({**shared, "merges": merges}, indent=1, ensure_ascii=False), "```\n"]
+    return "\n".join(lines)
+
+
+def _inline(text: str) -> str:
+    return html.escape(" ".join(text.split())).replace("|", "&#124;") or "(empty)"
