@@ -133,7 +133,8 @@ class KroneckerAccumulator(FisherAccumulator):
         inputs, outputs, sequences, tokens = self._state
         _check_finite(inputs)
         _check_finite(outputs)
-        return KroneckerFisher(outputs / tokens, inputs / sequences, int(sequences))
+        # Without a single real token both sums are 0, and so is the Fisher.
+        return KroneckerFisher(outputs / tokens.clamp(min=1), inputs / sequences, int(sequences))
 
 
 def make_accumulator(estimator: Estimator) -> FisherAccumulator:

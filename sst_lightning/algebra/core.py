@@ -1,6 +1,6 @@
 """Core space: small exact coordinates of a set of adapters (DESIGN.md section 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +30,15 @@ class CoreBasis:
 
     @classmethod
     def from_factors(cls, factors: Sequence[LoraFactors]) -> "CoreBasis":
-        """Span the columns of all B and the rows of all A."""
+        """Span the column spaces and the row spaces of all ΔW_i.
+
+        The bases are the left singular vectors of [ΔW_1, ΔW_2, …] and the right ones of their
+        stack, each ΔW_i at norm 1. Unlike those of the stacked factors they do not depend on how
+        ΔW_i was factored, so neither does an estimate that lives on coordinates (diagonal Fisher).
+        """
         return cls(
-            _orthonormal(torch.cat([item.B for item in factors], dim=1)),
-            _orthonormal(torch.cat([item.A for item in factors], dim=0).T),
+            _orthonormal([_column_factor(item) for item in factors]),
+            _orthonormal([_row_factor(item) for item in factors]),
         )
 
     @property
@@ -48,21 +53,37 @@ class CoreBasis:
         return factors.scaling * (left @ right)
 
     def residual(self, factors: LoraFactors) -> float:
-        """Return ‖ΔW − Q_out M Q_inᵀ‖ / ‖ΔW‖, from the factors alone (0 for ΔW = 0)."""
-        total = _frobenius_square(factors)
-        if total == 0:
-            return 0.0
-        kept = float(self.encode(factors).square().sum())
-        return max(0.0, 1 - kept / total) ** 0.5
+        """Return max(‖(I − Q_out Q_outᵀ)ΔW‖, ‖ΔW(I − Q_in Q_inᵀ)‖) / ‖ΔW‖; 0 for ΔW = 0.
+
+        From thin factors of ΔW, because ‖ΔW‖² − ‖M‖² would cancel to rounding.
+        """
+        shares = [0.0]
+        for basis, columns in (
+            (self.q_out, _column_factor(factors)),
+            (self.q_in, _row_factor(factors)),
+        ):
+            q, norm = basis.double(), float(columns.norm())
+            if norm > 0:
+                shares.append(float((columns - q @ (q.T @ columns)).norm()) / norm)
+        return max(shares)
 
     def decode(self, core: Tensor, rank: int | None = None) -> tuple[LoraFactors, float]:
-        """Return factors of Q_out M Q_inᵀ and the share of ‖M‖² that was discarded.
+        """Return fp32 factors of Q_out M Q_inᵀ and the share of ‖M‖² that was discarded.
 
         Args:
             core: (p, q).
             rank: keep this many singular values of M, which are those of ΔW; all when not given.
+
+        Raises:
+            AdapterError: the rank is not positive, or the core is not finite or has another shape.
         """
-        u, s, vt = torch.linalg.svd(core.double(), full_matrices=False)
+        if rank is not None and rank < 1:
+            raise AdapterError(f"the rank of a merged adapter must be at least 1, got {rank}")
+        if tuple(core.shape) != self.shape or not torch.isfinite(core).all():
+            raise AdapterError(
+                f"a core must be finite and {self.shape}, got {tuple(core.shape)} (or NaN in it)"
+            )
+        u, s, vt = torch.linalg.svd(core.double().cpu(), full_matrices=False)
         keep = len(s) if rank is None else min(rank, len(s))
         total = float(s.square().sum())
         discarded = float(s[keep:].square().sum()) / total if total > 0 else 0.0
@@ -95,25 +116,39 @@ class CoreSpace:
             }
         )
 
+    def check(self, adapter: LoraAdapter) -> None:
+        """Refuse an adapter whose ΔW this space cannot represent.
+
+        Raises:
+            AdapterError: names the folder and the module.
+        """
+        for name, factors in adapter.factors.items():
+            basis = self.bases.get(name)
+            if basis is None:
+                raise AdapterError(
+                    f"{adapter.path}: module '{name}' is not in the core space; the space belongs "
+                    "to other adapters"
+                )
+            shape = basis.q_out.shape[0], basis.q_in.shape[0]
+            if shape != (factors.d_out, factors.d_in) or basis.residual(factors) > REPRESENTABLE:
+                raise AdapterError(
+                    f"{adapter.path}: ΔW of module '{name}' is not in the core space; the space "
+                    "belongs to other adapters"
+                )
+
     def encode(self, adapter: LoraAdapter) -> Cores:
         """Return the cores of an adapter; zero for a module it lacks.
 
         Raises:
             AdapterError: its ΔW does not lie in this space.
         """
-        cores: Cores = {}
-        for name, basis in self.bases.items():
-            factors = adapter.factors.get(name)
-            if factors is None:
-                cores[name] = torch.zeros(basis.shape, dtype=torch.float64)
-                continue
-            if basis.residual(factors) > REPRESENTABLE:
-                raise AdapterError(
-                    f"{adapter.path}: ΔW of module '{name}' is not in the core space; the space "
-                    "belongs to other adapters"
-                )
-            cores[name] = basis.encode(factors)
-        return cores
+        self.check(adapter)
+        return {
+            name: basis.encode(adapter.factors[name])
+            if name in adapter.factors
+            else torch.zeros(basis.shape, dtype=torch.float64)
+            for name, basis in self.bases.items()
+        }
 
     def decode(
         self, cores: Cores, rank: int | None = None, base_model: str | None = None
@@ -146,7 +181,7 @@ class CoreSpace:
         return tensors
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor]) -> "CoreSpace":
+    def from_state(cls, tensors: Mapping[str, Tensor]) -> "CoreSpace":
         """Rebuild what :meth:`state` gave."""
         names = [key.removeprefix("q_out/") for key in tensors if key.startswith("q_out/")]
         return cls(
@@ -154,14 +189,40 @@ class CoreSpace:
         )
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal basis of the column space of (d, k), fp32 rounded from an fp64 SVD."""
-    u, s, _ = torch.linalg.svd(columns.double(), full_matrices=False)
-    keep = int((s > RANK_TOLERANCE * s[0].clamp(min=1e-300)).sum())
-    # A factor that is all zeros (B at its initial value) still needs one column.
+def add(parts: Sequence[tuple[float, Cores]]) -> Cores:
+    """Return Σ w_i M_i module by module.
+
+    Raises:
+        AdapterError: nothing to add, or cores of different modules.
+    """
+    if not parts:
+        raise AdapterError("a sum of cores needs at least one part")
+    names = parts[0][1].keys()
+    if any(cores.keys() != names for _, cores in parts):
+        raise AdapterError("only cores of the same modules can be added")
+    return {
+        name: torch.stack([weight * cores[name].double() for weight, cores in parts]).sum(0)
+        for name in names
+    }
+
+
+def _column_factor(factors: LoraFactors) -> Tensor:
+    """Return L, (d_out, r) fp64, with L Lᵀ = ΔW ΔWᵀ: ΔW = s B Rᵀ Qᵀ where Aᵀ = Q R."""
+    triangle = torch.linalg.qr(factors.A.cpu().double().T)[1]
+    return factors.scaling * factors.B.cpu().double() @ triangle.T
+
+
+def _row_factor(factors: LoraFactors) -> Tensor:
+    """Return L, (d_in, r) fp64, with L Lᵀ = ΔWᵀ ΔW: ΔW = s Q R A where B = Q R."""
+    triangle = torch.linalg.qr(factors.B.cpu().double())[1]
+    return factors.scaling * factors.A.cpu().double().T @ triangle.T
+
+
+def _orthonormal(columns: Sequence[Tensor]) -> Tensor:
+    """Orthonormal basis of the joint column space of (d, r_i), fp32 rounded from an fp64 SVD."""
+    # At norm 1 each, so that an adapter much smaller than another is not taken for rounding.
+    scaled = [item / max(float(item.norm()), 1e-300) for item in columns]
+    u, s, _ = torch.linalg.svd(torch.cat(scaled, dim=1), full_matrices=False)
+    keep = int((s > RANK_TOLERANCE).sum())
+    # An adapter with ΔW = 0 (B at its initial value) still needs one column.
     return u[:, : max(keep, 1)].float().contiguous()
-
-
-def _frobenius_square(factors: LoraFactors) -> float:
-    a, b = factors.A.double(), factors.B.double()
-    return factors.scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())

@@ -1,9 +1,8 @@
 """Filters of the safety core: from curvature to what is merged (DESIGN.md section 2)."""
 
 import math
-from collections.abc import Mapping
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,9 @@ from sst_lightning.algebra.fisher import (
     KroneckerFisher,
     ModuleFisher,
 )
-from sst_lightning.algebra.gevp import GeneralisedEigen, Solver, choose_solver, solve_dense
+from sst_lightning.algebra.gevp import GeneralisedEigen, Solver, choose_solver, solve_metric
+
+Projector = Literal["euclidean", "fisher"]
 
 
 def soft_filter(
@@ -42,9 +43,16 @@ def soft_filter(
 
     Returns:
         The filtered core, (p, q) fp64.
+
+    Raises:
+        FisherError: μ or ρ is out of range, a Fisher is zero, or the Fishers or the solver do not
+            fit each other.
     """
+    check_weights(mu, rho)
     solver = choose_solver(safety, utility, solver)
-    safety, utility = safety.normalised(), utility.normalised()  # type: ignore[attr-defined]
+    if tuple(delta.shape) != safety.shape:
+        raise FisherError(f"the core is {tuple(delta.shape)}, but its Fisher is of {safety.shape}")
+    safety, utility = safety.normalised(), utility.normalised()
     delta = delta.double()
     if isinstance(safety, DiagonalFisher) and isinstance(utility, DiagonalFisher):
         keep = safety.diagonal.double() + rho
@@ -56,14 +64,12 @@ def soft_filter(
     if solver == "dual":
         assert isinstance(safety, ExactFisher)
         assert isinstance(utility, ExactFisher)
-        return soft_filter_dual(
-            delta.flatten(), safety.factor(), utility.factor(), mu, rho
-        ).reshape(delta.shape)
-    identity = torch.eye(delta.numel(), dtype=torch.float64)
-    keep = safety.dense() + rho * identity
-    return torch.linalg.solve(keep + mu * utility.dense(), keep @ delta.flatten()).reshape(
-        delta.shape
-    )
+        flat = soft_filter_dual(delta.flatten(), safety.factor(), utility.factor(), mu, rho)
+        return flat.reshape(delta.shape)
+    keep = safety.dense()
+    keep.diagonal().add_(rho)
+    root = torch.linalg.cholesky(keep + mu * utility.dense())
+    return torch.cholesky_solve((keep @ delta.flatten())[:, None], root).reshape(delta.shape)
 
 
 def soft_filter_dual(
@@ -71,8 +77,9 @@ def soft_filter_dual(
 ) -> Tensor:
     """Soft filter in the span of the samples: δ_s − μ (F_s+ρI+μF_u)⁻¹ F_u δ_s.
 
-    With X = [S; √μ U], (XᵀX + ρI)⁻¹ b = (b − Xᵀ(XXᵀ + ρI)⁻¹ X b)/ρ. Here ρ is of the order of the
-    mean eigenvalue, so the system is well conditioned, unlike the GEVP with a tiny damping.
+    With X = [S; √μ U]: √μ (XᵀX + ρI)⁻¹ Uᵀ = Xᵀ(XXᵀ + ρI)⁻¹ E_u, E_u the columns of U's rows.
+    Nothing is subtracted but the correction itself, and ρ is of the order of the mean eigenvalue,
+    so this is well conditioned, unlike the GEVP with a tiny damping.
 
     Args:
         delta: vec(δ_s), (n,).
@@ -82,92 +89,70 @@ def soft_filter_dual(
         rho: ridge, > 0.
     """
     stacked = torch.cat([safety, math.sqrt(mu) * utility])
-    pull = utility.T @ (utility @ delta)
-    gram = stacked @ stacked.T + rho * torch.eye(len(stacked), dtype=torch.float64)
-    inner = torch.cholesky_solve((stacked @ pull)[:, None], torch.linalg.cholesky(gram))[:, 0]
-    return delta - mu * (pull - stacked.T @ inner) / rho
+    weights = dual_weights(stacked @ stacked.T, utility @ delta, rho)
+    return delta - math.sqrt(mu) * (stacked.T @ weights)
 
 
-def soft_filter_global(
-    delta: Mapping[str, Tensor],
-    safety: Mapping[str, ModuleFisher],
-    utility: Mapping[str, ModuleFisher],
-    mu: float,
-    rho: float,
-) -> dict[str, Tensor]:
-    """Soft filter of one problem across all modules (exact Fishers, dual form).
+def dual_weights(gram: Tensor, utility: Tensor, rho: float) -> Tensor:
+    """Return (XXᵀ + ρI)⁻¹ [0; Uδ], (N,).
 
-    Raises:
-        FisherError: the Fishers do not keep sequences.
+    Args:
+        gram: XXᵀ, (N, N), the utility samples last; overwritten.
+        utility: Uδ, (N_u,).
+        rho: ridge, > 0.
     """
-    names = list(delta)
-    parts = []
-    for fishers in (safety, utility):
-        blocks = []
-        for name in names:
-            fisher = fishers[name]
-            if not isinstance(fisher, ExactFisher):
-                raise FisherError("scope 'global' needs exact Fishers (estimator: exact)")
-            blocks.append(fisher.factor())
-        factor = torch.cat(blocks, dim=1)
-        parts.append(factor / (factor.square().sum() / factor.shape[1]).sqrt())
-    flat = torch.cat([delta[name].double().flatten() for name in names])
-    filtered = soft_filter_dual(flat, parts[0], parts[1], mu, rho)
-    pieces = filtered.split([delta[name].numel() for name in names])
-    return {
-        name: piece.reshape(delta[name].shape) for name, piece in zip(names, pieces, strict=True)
-    }
+    gram.diagonal().add_(rho)
+    right = torch.zeros(len(gram), 1, dtype=gram.dtype)
+    right[len(gram) - len(utility) :, 0] = utility
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))[:, 0]
 
 
 def hard_filter(
-    delta: Tensor,
-    eigen: GeneralisedEigen,
-    k: int | float,
-    projector: str = "euclidean",
-    utility: ModuleFisher | None = None,
+    delta: Tensor, eigen: GeneralisedEigen, k: int | float, projector: Projector = "euclidean"
 ) -> Tensor:
     """Project onto the top-k generalised eigenvectors.
 
+    ``fisher`` is the step-function limit of the soft filter: in the eigenbasis it multiplies the
+    first k coordinates by 1 and the others by 0. (V Vᵀδ, which the original used, is neither
+    projector: FISHER.md section 3, 4.)
+
     Args:
         delta: safety core, (p, q).
-        eigen: solution of F_s v = λ F_u v.
-        k: number of directions, or as a float in (0, 1] the share of pq.
-        projector: ``euclidean`` V(VᵀV)⁻¹Vᵀ, or ``fisher`` V VᵀF_u (F_u-orthogonal; V is
-            orthonormalised in F_u, so that this is a projector whatever damping V was made with).
-        utility: F_u; needed for ``fisher``.
+        eigen: solution of F_s v = λ M v, M = F_u + εI.
+        k: number of directions, or as a float in (0, 1] the share of pq; never more than solved.
+        projector: ``euclidean`` V(VᵀV)⁻¹Vᵀ, or the M-orthogonal ``fisher`` V VᵀM.
 
     Returns:
         The projected core, (p, q) fp64.
 
     Raises:
-        FisherError: k is out of range, the projector is unknown or lacks F_u.
+        FisherError: k is out of range or the projector is unknown.
     """
     count = directions(k, delta.numel())
-    vectors = torch.from_numpy(np.ascontiguousarray(eigen.vectors[:, :count]))
+    vectors = torch.from_numpy(eigen.vectors[:, :count].copy())
     flat = delta.double().flatten()
     if projector == "euclidean":
         basis = torch.linalg.qr(vectors)[0]
         return (basis @ (basis.T @ flat)).reshape(delta.shape)
-    if projector != "fisher" or utility is None:
-        raise FisherError(f"projector '{projector}': use euclidean, or fisher with F_u")
-    images = torch.stack(
-        [utility.matvec(vector.reshape(delta.shape)).flatten() for vector in vectors.T], dim=1
-    )
-    gram = vectors.T @ images
-    coefficients = torch.linalg.lstsq(gram, images.T @ flat[:, None]).solution[:, 0]
-    return (vectors @ coefficients).reshape(delta.shape)
+    if projector != "fisher":
+        raise FisherError(f"unknown projector '{projector}': use euclidean or fisher")
+    images = torch.from_numpy(eigen.images[:, :count].copy())
+    return (vectors @ (images.T @ flat)).reshape(delta.shape)
 
 
 def directions(k: int | float, size: int) -> int:
-    """Turn k, a number or a share of ``size``, into a number of directions.
+    """Turn k, a number (int) or a share of ``size`` (float), into a number of directions.
 
     Raises:
         FisherError: k is out of range.
     """
-    count = max(1, round(k * size)) if isinstance(k, float) and k <= 1 else int(k)
-    if count < 1:
-        raise FisherError(f"k must be positive, got {k}")
-    return min(count, size)
+    if isinstance(k, float):
+        if not 0 < k <= 1:
+            raise FisherError(f"k as a share must be in (0, 1], got {k}")
+        return max(1, round(k * size))
+    if k < 1:
+        raise FisherError(f"k must be at least 1, got {k}")
+    return min(k, size)
 
 
 def kept_energy(before: Tensor, after: Tensor) -> float:
@@ -176,25 +161,40 @@ def kept_energy(before: Tensor, after: Tensor) -> float:
     return float(after.double().square().sum()) / total if total > 0 else 0.0
 
 
+def check_weights(mu: float, rho: float) -> None:
+    """Refuse weights without a unique minimum.
+
+    Raises:
+        FisherError: μ is negative, ρ is not positive, or one is not finite.
+    """
+    if not 0 <= mu < math.inf:
+        raise FisherError(f"mu must be 0 or more and finite, got {mu}")
+    if not 0 < rho < math.inf:
+        raise FisherError(f"rho must be positive and finite, got {rho}")
+
+
 def _soft_kronecker(
     delta: Tensor, safety: KroneckerFisher, utility: KroneckerFisher, mu: float, rho: float
 ) -> Tensor:
-    root = math.sqrt(rho)
-    damped = KroneckerFisher(
-        _ridge(safety.output_factor, root), _ridge(safety.input_factor, root), safety.count
+    """Soft filter with F_s + ρI replaced by (G_s + √ρ ḡI) ⊗ (A_s + √ρ āI), in the eigenbasis.
+
+    The damped safety factors are the metric, because those of utility may be singular; an
+    eigenvalue of this problem is 1/λ.
+    """
+    outputs = solve_metric(
+        utility.output_factor.double().numpy(), _ridge(safety.output_factor, rho).numpy()
     )
-    # A ridge at rounding level only: F_u is the metric and may be singular.
-    outputs = solve_dense(
-        damped.output_factor.numpy(), utility.output_factor.double().numpy(), 1e-8
+    inputs = solve_metric(
+        utility.input_factor.double().numpy(), _ridge(safety.input_factor, rho).numpy()
     )
-    inputs = solve_dense(damped.input_factor.numpy(), utility.input_factor.double().numpy(), 1e-8)
-    left, right = (torch.from_numpy(np.ascontiguousarray(e.vectors)) for e in (outputs, inputs))
-    values = torch.from_numpy(np.outer(outputs.values, inputs.values))
-    coordinates = torch.linalg.solve(left, delta) @ torch.linalg.inv(right).T
-    return left @ (coordinates * values / (values + mu)) @ right.T
+    ratios = torch.outer(torch.from_numpy(outputs.values), torch.from_numpy(inputs.values))
+    coordinates = torch.from_numpy(outputs.images).T @ delta @ torch.from_numpy(inputs.images)
+    kept = coordinates / (1 + mu * ratios.clamp(min=0))
+    return torch.from_numpy(outputs.vectors) @ kept @ torch.from_numpy(inputs.vectors).T
 
 
-def _ridge(factor: Tensor, root: float) -> Tensor:
+def _ridge(factor: Tensor, rho: float) -> Tensor:
+    """Add √ρ times the factor's mean eigenvalue."""
     factor = factor.double()
-    size = len(factor)
-    return factor + root * factor.trace() / size * torch.eye(size, dtype=torch.float64)
+    mean = float(factor.trace()) / len(factor)
+    return factor + math.sqrt(rho) * mean * torch.eye(len(factor), dtype=torch.float64)

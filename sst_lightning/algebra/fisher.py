@@ -4,73 +4,80 @@ With g_n (p, q) the gradient of sequence n's summed completion NLL with respect 
 Fisher is F = E[vec(g) vec(g)ᵀ]. vec is row-major: entry (i, j) of g is entry i·q + j of vec(g).
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sst_lightning.algebra.errors import FisherError
 
+FisherType = TypeVar("FisherType", bound="ModuleFisher")
 
-@runtime_checkable
-class ModuleFisher(Protocol):
-    """What every estimate offers."""
+
+class ModuleFisher(ABC):
+    """An estimate of one module's Fisher.
+
+    Attributes:
+        count: number of sequences it was taken from.
+    """
 
     count: int
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(p, q)."""
-        ...
 
+    @abstractmethod
     def trace(self) -> float:
         """Tr F = E‖g‖²."""
-        ...
 
+    @abstractmethod
     def matvec(self, core: Tensor) -> Tensor:
         """F vec(core), as (p, q) in fp64."""
-        ...
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """F, (pq, pq) in fp64."""
-        ...
 
+    @abstractmethod
     def scaled(self, factor: float) -> "ModuleFisher":
-        """factor · F."""
-        ...
+        """Factor · F."""
 
-
-class _Common:
-    """Quantities that follow from trace, shape and matvec."""
-
-    def mean_eigenvalue(self: ModuleFisher) -> float:  # type: ignore[misc]
-        """Return tr F / (pq)."""
+    @property
+    def size(self) -> int:
+        """Number of coordinates pq."""
         p, q = self.shape
-        return self.trace() / (p * q)
+        return p * q
 
-    def rayleigh(self: ModuleFisher, core: Tensor) -> float:  # type: ignore[misc]
+    def mean_eigenvalue(self) -> float:
+        """Return tr F / (pq)."""
+        return self.trace() / self.size
+
+    def rayleigh(self, core: Tensor) -> float:
         """Return vec(core)ᵀ F vec(core)."""
         return float((core.double() * self.matvec(core)).sum())
 
-    def normalised(self: ModuleFisher) -> ModuleFisher:  # type: ignore[misc]
+    def normalised(self: FisherType) -> FisherType:
         """Return F divided by its mean eigenvalue.
 
         Raises:
             FisherError: F is zero or not finite.
         """
-        p, q = self.shape
-        mean = self.trace() / (p * q)
-        if not 0 < mean < float("inf"):
+        mean = self.mean_eigenvalue()
+        if not 0 < mean < math.inf:
             raise FisherError(
                 f"a Fisher has mean eigenvalue {mean}: its calibration rows give no gradient here"
             )
-        return self.scaled(1 / mean)
+        return cast(FisherType, self.scaled(1 / mean))
 
 
 @dataclass(frozen=True)
-class ExactFisher(_Common):
+class ExactFisher(ModuleFisher):
     """F = Σ w_n vec(g_n) vec(g_n)ᵀ / Σ w_n, kept as the samples.
 
     Attributes:
@@ -82,11 +89,10 @@ class ExactFisher(_Common):
     samples: Tensor
     weights: Tensor | None = None
     scale: float = 1.0
+    count: int = field(init=False)
 
-    @property
-    def count(self) -> int:
-        """Number of sequences N."""
-        return self.samples.shape[0]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", self.samples.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,13 +101,17 @@ class ExactFisher(_Common):
 
     def factor(self) -> Tensor:
         """Return X, (N, pq) fp64, with F = XᵀX."""
+        return self.samples.double().flatten(1) * self.shares().sqrt()[:, None]
+
+    def shares(self) -> Tensor:
+        """Return the weight of each sample in F, scale · w_n / Σ w, (N,) fp64."""
         weights = torch.ones(self.count) if self.weights is None else self.weights
-        weights = weights.double() * (self.scale / float(weights.sum()))
-        return self.samples.double().flatten(1) * weights.sqrt()[:, None]
+        return weights.double() * (self.scale / float(weights.sum()))
 
     def trace(self) -> float:
         """Tr F."""
-        return float(self.factor().square().sum())
+        norms = torch.linalg.vector_norm(self.samples, dim=(1, 2), dtype=torch.float64)
+        return float(self.shares() @ norms.square())
 
     def matvec(self, core: Tensor) -> Tensor:
         """F vec(core), as (p, q)."""
@@ -114,12 +124,12 @@ class ExactFisher(_Common):
         return factor.T @ factor
 
     def scaled(self, factor: float) -> "ExactFisher":
-        """factor · F."""
+        """Factor · F."""
         return ExactFisher(self.samples, self.weights, self.scale * factor)
 
 
 @dataclass(frozen=True)
-class KroneckerFisher(_Common):
+class KroneckerFisher(ModuleFisher):
     """K-FAC: F ≈ G ⊗ A in row-major vec, with A = E[Σ_t P_tᵀP_t], G = E[Σ_t R_tᵀR_t] / E[T].
 
     E is over sequences, T counts the tokens of a sequence: F is then T̄ times the product of the
@@ -155,12 +165,12 @@ class KroneckerFisher(_Common):
         return torch.kron(self.output_factor.double(), self.input_factor.double())
 
     def scaled(self, factor: float) -> "KroneckerFisher":
-        """factor · F, with the factor put into G."""
+        """Factor · F, with the factor put into G."""
         return KroneckerFisher(self.output_factor.double() * factor, self.input_factor, self.count)
 
 
 @dataclass(frozen=True)
-class DiagonalFisher(_Common):
+class DiagonalFisher(ModuleFisher):
     """F ≈ diag(E[g²]): the original's ``gradient_variance``, but per sequence and in core space.
 
     Attributes:
@@ -189,7 +199,7 @@ class DiagonalFisher(_Common):
         return torch.diag(self.diagonal.double().flatten())
 
     def scaled(self, factor: float) -> "DiagonalFisher":
-        """factor · F."""
+        """Factor · F."""
         return DiagonalFisher(self.diagonal.double() * factor, self.count)
 
 
@@ -197,40 +207,46 @@ def mix_modules(parts: Sequence[tuple[float, ModuleFisher]]) -> ModuleFisher:
     """Return Σ w_i F_i / Σ w_i of one module.
 
     Exact Fishers concatenate their weighted samples and diagonal ones add up: both exactly. A sum
-    of Kronecker products is not one; there the factors are averaged, which keeps the trace's order
-    of magnitude but is an approximation.
+    of Kronecker products is not one; G ⊗ A with G = Σ w_i tr(A_i) G_i and
+    A = Σ w_i tr(G_i) A_i / Σ w_i tr(G_i) tr(A_i) is the approximation with the sum's trace and
+    partial traces, exact where the A_i (or the G_i) are multiples of each other.
 
     Raises:
         FisherError: the estimators or shapes differ, or a weight is not positive.
     """
-    kinds = {type(fisher) for _, fisher in parts}
-    if len(kinds) != 1 or len({fisher.shape for _, fisher in parts}) != 1:
-        raise FisherError("only Fishers of one estimator and one core space can be mixed")
-    if any(weight <= 0 for weight, _ in parts):
-        raise FisherError("the weights of a Fisher mixture must be positive")
+    if not parts or any(not 0 < weight < math.inf for weight, _ in parts):
+        raise FisherError("a Fisher mixture needs parts with positive weights")
+    fishers = [fisher for _, fisher in parts]
+    if len({fisher.shape for fisher in fishers}) != 1:
+        raise FisherError("only Fishers of one core space can be mixed")
     total = sum(weight for weight, _ in parts)
     shares = [weight / total for weight, _ in parts]
-    fishers = [fisher for _, fisher in parts]
+    exact = [fisher for fisher in fishers if isinstance(fisher, ExactFisher)]
+    if len(exact) == len(fishers):
+        return _mix_exact(shares, exact)
+    diagonal = [fisher for fisher in fishers if isinstance(fisher, DiagonalFisher)]
     count = sum(fisher.count for fisher in fishers)
-    if kinds == {ExactFisher}:
-        weights, samples = [], []
-        for share, fisher in zip(shares, fishers, strict=True):
-            assert isinstance(fisher, ExactFisher)
-            own = torch.ones(fisher.count) if fisher.weights is None else fisher.weights
-            weights.append(own.double() * (share * fisher.scale / float(own.sum())))
-            samples.append(fisher.samples)
-        joined = torch.cat(weights)
-        # The class divides by Σw; the scale undoes it where parts carry a scale of their own.
-        return ExactFisher(torch.cat(samples), joined, float(joined.sum()))
-    if kinds == {DiagonalFisher}:
-        diagonal = sum(
-            share * fisher.diagonal.double()  # type: ignore[attr-defined]
-            for share, fisher in zip(shares, fishers, strict=True)
-        )
-        assert isinstance(diagonal, Tensor)
-        return DiagonalFisher(diagonal, count)
-    outputs = sum(s * f.output_factor.double() for s, f in zip(shares, fishers, strict=True))  # type: ignore[attr-defined]
-    inputs = sum(s * f.input_factor.double() for s, f in zip(shares, fishers, strict=True))  # type: ignore[attr-defined]
-    assert isinstance(outputs, Tensor)
-    assert isinstance(inputs, Tensor)
-    return KroneckerFisher(outputs, inputs, count)
+    if len(diagonal) == len(fishers):
+        return DiagonalFisher(_sum(shares, [fisher.diagonal for fisher in diagonal]), count)
+    kronecker = [fisher for fisher in fishers if isinstance(fisher, KroneckerFisher)]
+    if len(kronecker) != len(fishers):
+        raise FisherError("only Fishers of one estimator can be mixed")
+    outputs = [fisher.output_factor for fisher in kronecker]
+    inputs = [fisher.input_factor for fisher in kronecker]
+    trace = sum(share * fisher.trace() for share, fisher in zip(shares, kronecker, strict=True))
+    if not trace > 0:
+        raise FisherError("a Fisher mixture of zero trace: no calibration row gives a gradient")
+    output_weights = [s * float(a.trace()) for s, a in zip(shares, inputs, strict=True)]
+    input_weights = [s * float(g.trace()) / trace for s, g in zip(shares, outputs, strict=True)]
+    return KroneckerFisher(_sum(output_weights, outputs), _sum(input_weights, inputs), count)
+
+
+def _mix_exact(shares: Sequence[float], fishers: Sequence[ExactFisher]) -> ExactFisher:
+    weights = torch.cat([s * fisher.shares() for s, fisher in zip(shares, fishers, strict=True)])
+    # The class divides by Σw; the scale undoes it where parts carry a scale of their own.
+    samples = torch.cat([fisher.samples for fisher in fishers])
+    return ExactFisher(samples, weights, float(weights.sum()))
+
+
+def _sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([w * t.double() for w, t in zip(weights, tensors, strict=True)]).sum(0)

@@ -95,9 +95,14 @@ class FisherStatistics:
             ) from error
         if header.get("format") != FORMAT:
             raise FisherError(f"{path}: not a Fisher file of this program ('{FORMAT}' expected)")
-        metadata = FisherMetadata(**json.loads(header["metadata"]))
-        space = CoreSpace.from_state(tensors)
-        modules = {name: _fisher(name, tensors, metadata) for name in space.bases}
+        try:
+            metadata = FisherMetadata(**json.loads(header["metadata"]))
+            space = CoreSpace.from_state(tensors)
+            modules = {name: _fisher(name, tensors, metadata) for name in space.bases}
+        except (KeyError, TypeError, ValueError) as error:
+            raise FisherError(
+                f"{path}: incomplete Fisher file ({error}); collect it again"
+            ) from error
         return cls(modules, space, metadata, path)
 
     def check_matches(

@@ -1,17 +1,17 @@
 """Generalised eigenvalue problem F_s v = λ F_u v (DESIGN.md section 2; FISHER.md section 3)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.fisher import ExactFisher, KroneckerFisher, ModuleFisher
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Solver = Literal["auto", "dense", "dual", "kronecker"]
 
 GRAM_TOLERANCE = 1e-12
@@ -19,15 +19,17 @@ GRAM_TOLERANCE = 1e-12
 
 @dataclass(frozen=True)
 class GeneralisedEigen:
-    """Solution of F_s v = λ (F_u + εI) v.
+    """Solution of F_s v = λ M v with the damped metric M = F_u + εI.
 
     Attributes:
         values: λ, (k,), descending.
-        vectors: V, (n, k), Vᵀ(F_u + εI)V = I.
+        vectors: V, (n, k), VᵀMV = I.
+        images: MV, (n, k): imagesᵀδ are the coordinates of δ in V.
     """
 
     values: Array
     vectors: Array
+    images: Array
 
 
 def relative_damping(damping: float, trace: float, rank: int) -> float:
@@ -36,10 +38,12 @@ def relative_damping(damping: float, trace: float, rank: int) -> float:
     Raises:
         FisherError: the damping is not positive, or F_u is zero.
     """
-    if damping <= 0:
-        raise FisherError(f"damping must be positive, got {damping}")
-    if not trace > 0:
-        raise FisherError("the utility Fisher is zero: its calibration rows give no gradient here")
+    if not 0 < damping < np.inf:
+        raise FisherError(f"damping must be positive and finite, got {damping}")
+    if not 0 < trace < np.inf:
+        raise FisherError(
+            f"the utility Fisher has trace {trace}: its calibration rows give no gradient here"
+        )
     return damping * trace / rank
 
 
@@ -56,18 +60,21 @@ def solve_dense(
     """
     size = len(utility)
     epsilon = relative_damping(damping, float(np.trace(utility)), rank or size)
-    values, vectors = scipy.linalg.eigh(
-        (safety + safety.T) / 2, (utility + utility.T) / 2 + epsilon * np.eye(size)
-    )
-    return GeneralisedEigen(values[::-1], vectors[:, ::-1])
+    return solve_metric(safety, utility + epsilon * np.eye(size))
+
+
+def solve_metric(safety: Array, metric: Array) -> GeneralisedEigen:
+    """Solve F_s v = λ M v for a positive definite M, both (n, n)."""
+    metric = (metric + metric.T) / 2
+    values, vectors = scipy.linalg.eigh((safety + safety.T) / 2, metric)
+    vectors = np.ascontiguousarray(vectors[:, ::-1])
+    return GeneralisedEigen(np.ascontiguousarray(values[::-1]), vectors, metric @ vectors)
 
 
 def solve_dual(safety: Array, utility: Array, damping: float) -> GeneralisedEigen:
     """Solve in the span of the samples; for more coordinates than sequences.
 
     F_s = SᵀS and F_u = UᵀU. Directions outside the span of both have F_s v = 0 and are left out.
-    The Gram matrix K of [S; U] gives an orthonormal basis of the span, in which the problem is
-    small. The Woodbury form is avoided: it loses all digits when rows of S lie near span(U).
 
     Args:
         safety: S, (N_s, n).
@@ -75,10 +82,38 @@ def solve_dual(safety: Array, utility: Array, damping: float) -> GeneralisedEige
         damping: ρ, relative to tr(F_u)/min(N_u, n).
     """
     stacked = np.concatenate([safety, utility])
-    coefficients, values = _solve_gram(
-        stacked @ stacked.T, len(safety), damping, min(utility.shape)
-    )
-    return GeneralisedEigen(values, stacked.T @ coefficients)
+    basis, eigen = solve_gram(stacked @ stacked.T, len(safety), damping, min(utility.shape))
+    frame = stacked.T @ basis
+    vectors, images = (np.asarray(frame @ item) for item in (eigen.vectors, eigen.images))
+    return GeneralisedEigen(eigen.values, vectors, images)
+
+
+def solve_gram(
+    gram: Array, safety_count: int, damping: float, rank: int
+) -> tuple[Array, GeneralisedEigen]:
+    """Solve from the inner products of all samples X = [S; U] alone.
+
+    With XXᵀ = LΛLᵀ the rows of E = XᵀLΛ^-½ are an orthonormal frame of the span, in which
+    F_s = R_sᵀR_s and F_u = R_uᵀR_u with [R_s; R_u] = LΛ^½. The Woodbury form is avoided: it loses
+    all digits when rows of S lie near span(U) (FISHER.md section 3).
+
+    Args:
+        gram: XXᵀ, (N, N), the N_s safety samples first.
+        safety_count: N_s.
+        damping: ρ, relative to tr(F_u)/rank.
+        rank: rank of F_u.
+
+    Returns:
+        LΛ^-½ (N, r), so that E = Xᵀ times it, and the solution in the frame's coordinates (r, r).
+    """
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    keep = values > GRAM_TOLERANCE * values[-1]
+    values, vectors = values[keep], vectors[:, keep]
+    reduced = vectors * np.sqrt(values)
+    safety, utility = reduced[:safety_count], reduced[safety_count:]
+    epsilon = relative_damping(damping, float((utility**2).sum()), rank)
+    metric = utility.T @ utility + epsilon * np.eye(reduced.shape[1])
+    return vectors / np.sqrt(values), solve_metric(safety.T @ safety, metric)
 
 
 def solve_kronecker(
@@ -89,17 +124,17 @@ def solve_kronecker(
     The damping must be factored to keep the structure: each factor of F_u gets √ρ times its own
     mean eigenvalue.
     """
-    root = damping**0.5
-    outputs = solve_dense(
-        safety.output_factor.double().numpy(), utility.output_factor.double().numpy(), root
-    )
-    inputs = solve_dense(
-        safety.input_factor.double().numpy(), utility.input_factor.double().numpy(), root
-    )
+    relative_damping(damping, utility.trace(), utility.size)  # refuses what √ρ would hide
+    root = float(np.sqrt(damping))
+    outputs = solve_dense(_array(safety.output_factor), _array(utility.output_factor), root)
+    inputs = solve_dense(_array(safety.input_factor), _array(utility.input_factor), root)
     values = np.outer(outputs.values, inputs.values).ravel()
-    vectors = np.kron(outputs.vectors, inputs.vectors)
-    order = np.argsort(values)[::-1]
-    return GeneralisedEigen(values[order], vectors[:, order])
+    order = np.argsort(values, kind="stable")[::-1]
+    return GeneralisedEigen(
+        values[order],
+        np.kron(outputs.vectors, inputs.vectors)[:, order],
+        np.kron(outputs.images, inputs.images)[:, order],
+    )
 
 
 def solve(
@@ -130,33 +165,10 @@ def solve(
     return solve_dense(safety.dense().numpy(), utility.dense().numpy(), damping, rank)
 
 
-def solve_global(
-    safety: Mapping[str, ExactFisher], utility: Mapping[str, ExactFisher], damping: float
-) -> tuple[Array, dict[str, Array]]:
-    """Solve one problem across all modules, whose core gradients are concatenated.
-
-    Only the (N_s + N_u)² Gram matrix, a sum over modules, is live.
-
-    Returns:
-        λ (k,), descending, and V by module, (pq, k).
-    """
-    gram = 0.0
-    size = 0
-    for name in safety:
-        stacked = _stacked(safety[name], utility[name])
-        gram = gram + stacked @ stacked.T
-        size += stacked.shape[1]
-    count = next(iter(safety.values())).count
-    rank = min(size, next(iter(utility.values())).count)
-    coefficients, values = _solve_gram(np.asarray(gram), count, damping, rank)
-    vectors = {name: _stacked(safety[name], utility[name]).T @ coefficients for name in safety}
-    return values, vectors
-
-
 def held_out_values(
     vectors: Array, safety: ModuleFisher, utility: ModuleFisher, damping: float
 ) -> Array:
-    """Rayleigh quotients vᵀF_s v / vᵀ(F_u + εI)v on Fishers the vectors were not made from, (k,)."""
+    """Rayleigh quotients vᵀF_s v / vᵀ(F_u + εI)v on Fishers that V was not made from, (k,)."""
     epsilon = relative_damping(damping, utility.trace(), fisher_rank(utility))
     numerator, denominator = (_quadratic(fisher, vectors) for fisher in (safety, utility))
     return numerator / (denominator + epsilon * (vectors**2).sum(axis=0))
@@ -164,47 +176,39 @@ def held_out_values(
 
 def fisher_rank(fisher: ModuleFisher) -> int:
     """Largest rank the estimate can have: N sequences give an exact Fisher at most rank N."""
-    p, q = fisher.shape
-    return min(fisher.count, p * q) if isinstance(fisher, ExactFisher) else p * q
+    return min(fisher.count, fisher.size) if isinstance(fisher, ExactFisher) else fisher.size
 
 
 def choose_solver(safety: ModuleFisher, utility: ModuleFisher, solver: Solver) -> Solver:
     """Resolve ``auto`` and refuse what does not fit.
 
     Raises:
-        FisherError: different estimators, or a solver for another estimator.
+        FisherError: different estimators or core spaces, or a solver for another estimator.
     """
     if type(safety) is not type(utility):
-        raise FisherError("both Fishers must be of the same estimator")
+        raise FisherError(
+            f"both Fishers must be of the same estimator, got {type(safety).__name__} and "
+            f"{type(utility).__name__}"
+        )
+    if safety.shape != utility.shape:
+        raise FisherError(
+            f"both Fishers must be of one core space, got {safety.shape} and {utility.shape}"
+        )
     exact = isinstance(safety, ExactFisher)
     kronecker = isinstance(safety, KroneckerFisher)
     if solver == "auto":
         if kronecker:
             return "kronecker"
-        p, q = safety.shape
-        return "dual" if exact and safety.count + utility.count < p * q else "dense"
+        return "dual" if exact and safety.count + utility.count < safety.size else "dense"
+    if solver not in ("dense", "dual", "kronecker"):
+        raise FisherError(f"unknown solver '{solver}': use auto, dense, dual or kronecker")
     if (solver == "dual" and not exact) or (solver == "kronecker" and not kronecker):
         raise FisherError(f"solver '{solver}' does not work with a {type(safety).__name__}")
     return solver
 
 
-def _solve_gram(gram: Array, count: int, damping: float, rank: int) -> tuple[Array, Array]:
-    """Coefficients C (N, k) of V = [S;U]ᵀC, and λ."""
-    eigenvalues, basis = np.linalg.eigh((gram + gram.T) / 2)
-    keep = eigenvalues > GRAM_TOLERANCE * eigenvalues[-1]
-    eigenvalues, basis = eigenvalues[keep], basis[:, keep]
-    reduced = basis * np.sqrt(eigenvalues)
-    safety, utility = reduced[:count], reduced[count:]
-    epsilon = relative_damping(damping, float((utility**2).sum()), rank)
-    values, vectors = scipy.linalg.eigh(
-        safety.T @ safety, utility.T @ utility + epsilon * np.eye(reduced.shape[1])
-    )
-    coefficients = (basis / np.sqrt(eigenvalues)) @ vectors[:, ::-1]
-    return coefficients, values[::-1]
-
-
-def _stacked(safety: ExactFisher, utility: ExactFisher) -> Array:
-    return np.concatenate([safety.factor().numpy(), utility.factor().numpy()])
+def _array(factor: Tensor) -> Array:
+    return np.asarray(factor.double().numpy(), dtype=np.float64)
 
 
 def _quadratic(fisher: ModuleFisher, vectors: Array) -> Array:

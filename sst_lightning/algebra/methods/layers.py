@@ -1,5 +1,6 @@
 """Layer-wise weights of the safety adapter (the original's V3)."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -21,7 +22,7 @@ def layer_patterns(weights: str | Mapping[str, float] | None) -> dict[str, float
         weights: name of a preset, or regular expressions searched in module names with weights.
 
     Raises:
-        SSTMergeError: unknown preset or invalid pattern.
+        SSTMergeError: unknown preset, invalid pattern or weight.
     """
     if weights is None:
         return {}
@@ -32,7 +33,9 @@ def layer_patterns(weights: str | Mapping[str, float] | None) -> dict[str, float
                 "mapping of module patterns to weights"
             )
         return LAYER_PRESETS[weights]
-    for pattern in weights:
+    for pattern, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise SSTMergeError(f"layer_weights: the weight of '{pattern}' is {weight}, not ≥ 0")
         try:
             re.compile(pattern)
         except re.error as error:

@@ -1,22 +1,22 @@
 """SST-Merge: the safety adapter filtered by curvature."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-import torch
+from torch import Tensor
 
 from sst_lightning.algebra.core import Cores
-from sst_lightning.algebra.errors import SSTMergeError
-from sst_lightning.algebra.filters import (
-    directions,
-    hard_filter,
-    soft_filter,
-    soft_filter_global,
-)
-from sst_lightning.algebra.fisher import ExactFisher
+from sst_lightning.algebra.errors import FisherError, SSTMergeError
+from sst_lightning.algebra.filters import Projector, hard_filter, soft_filter
+from sst_lightning.algebra.fisher import ModuleFisher
 from sst_lightning.algebra.fisher_file import FisherStatistics
-from sst_lightning.algebra.gevp import Solver, solve, solve_global
+from sst_lightning.algebra.gevp import Solver, solve
+from sst_lightning.algebra.global_scope import (
+    hard_filter_global,
+    soft_filter_global,
+    solve_global,
+)
 from sst_lightning.algebra.methods.base import MergeMethod, MergeProblem
 from sst_lightning.algebra.methods.layers import layer_patterns, layer_weight
 
@@ -30,7 +30,7 @@ class SST(MergeMethod):
         mu: weight of utility in the soft filter; larger values protect utility more.
         rho: ridge of F_s in the soft filter, in mean eigenvalues.
         k: directions the hard filter keeps per module: a number, or a share of them up to 1.0.
-        projector: hard filter: ``euclidean`` V(VᵀV)⁻¹Vᵀ or ``fisher`` V VᵀF_u.
+        projector: hard filter: ``euclidean`` V(VᵀV)⁻¹Vᵀ, or ``fisher`` V VᵀF_u (damped F_u).
         damping: hard filter: damping of F_u, relative to tr(F_u)/rank.
         iterations: how often F_u is taken again at the merge and the filter applied again.
         iteration_alpha: α of the merges that those Fishers are taken at.
@@ -56,7 +56,7 @@ class SST(MergeMethod):
         mu: float = 10.0,
         rho: float = 0.1,
         k: int | float = 0.25,
-        projector: Literal["euclidean", "fisher"] = "euclidean",
+        projector: Projector = "euclidean",
         damping: float = 0.1,
         iterations: int = 1,
         iteration_alpha: float = 1.5,
@@ -68,19 +68,31 @@ class SST(MergeMethod):
         solver: Solver = "auto",
         estimator: Literal["exact", "kfac", "diagonal"] = "exact",
     ) -> None:
-        _check("mu", mu >= 0, "0 or more")
-        _check("rho", rho > 0, "positive")
-        _check("k", k > 0 and (isinstance(k, int) or k <= 1), "a number of directions or a share")
-        _check("damping", damping > 0, "positive")
-        _check("iterations", iterations >= 0, "0 or more")
-        _check("harmless_share", 0 <= harmless_share < 1, "in [0, 1)")
-        _check("merge_share", 0 <= merge_share <= 1, "in [0, 1]")
-        _check("residual_ratio", 0 <= residual_ratio <= 1, "in [0, 1]")
-        _check("filter", filter in ("soft", "hard"), "soft or hard")
-        _check("projector", projector in ("euclidean", "fisher"), "euclidean or fisher")
-        _check("scope", scope in ("module", "global"), "module or global")
-        if scope == "global" and (estimator != "exact" or projector != "euclidean"):
-            raise SSTMergeError("SST: scope 'global' needs estimator exact and projector euclidean")
+        _check("filter", filter in ("soft", "hard"), "soft or hard", filter)
+        _check("mu", 0 <= mu < math.inf, "0 or more and finite", mu)
+        _check("rho", 0 < rho < math.inf, "positive and finite", rho)
+        is_count = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+        is_share = isinstance(k, float) and 0 < k <= 1
+        _check("k", is_count or is_share, "a number of directions (1, 2, …) or a share ≤ 1.0", k)
+        _check("projector", projector in ("euclidean", "fisher"), "euclidean or fisher", projector)
+        _check("damping", 0 < damping < math.inf, "positive and finite", damping)
+        _check("iterations", iterations >= 0, "0 or more", iterations)
+        _check("iteration_alpha", 0 < iteration_alpha < math.inf, "positive", iteration_alpha)
+        _check("harmless_share", 0 <= harmless_share < 1, "in [0, 1)", harmless_share)
+        _check("merge_share", 0 <= merge_share <= 1, "in [0, 1]", merge_share)
+        _check("residual_ratio", 0 <= residual_ratio <= 1, "in [0, 1]", residual_ratio)
+        _check("scope", scope in ("module", "global"), "module or global", scope)
+        solvers = {
+            "exact": ("auto", "dense", "dual"),
+            "kfac": ("auto", "dense", "kronecker"),
+            "diagonal": ("auto", "dense"),
+        }
+        _check("estimator", estimator in solvers, "exact, kfac or diagonal", estimator)
+        allowed = ("auto", "dual") if scope == "global" else solvers[estimator]
+        if scope == "global" and estimator != "exact":
+            raise SSTMergeError("SST: scope 'global' needs estimator 'exact'")
+        kind = f"{', '.join(allowed)} with estimator '{estimator}' and scope '{scope}'"
+        _check("solver", solver in allowed, kind, solver)
         self.kind = filter
         self.mu = mu
         self.rho = rho
@@ -99,18 +111,27 @@ class SST(MergeMethod):
         self.estimator = estimator
 
     def filter(self, problem: MergeProblem) -> Cores:
-        """Return the filtered safety core; the Fishers must be in ``problem``."""
+        """Return the filtered safety core; depends on ``problem`` alone.
+
+        Raises:
+            FisherError: the Fishers are missing, zero, or not those of the problem's modules.
+        """
         safety, utility = problem.fisher_safety, problem.fisher_utility
         if safety is None or utility is None:
-            raise SSTMergeError("SST needs the Fishers of safety and utility")
-        names = [name for name, core in problem.safety.items() if bool(core.any())]
-        problem_safety = {name: problem.safety[name] for name in names}
+            raise FisherError("SST needs the Fishers of safety and utility")
+        # Where the safety adapter has no ΔW there is nothing to filter, and a Fisher may be zero.
+        cores = {name: core for name, core in problem.safety.items() if bool(core.any())}
+        missing = [name for name in cores if name not in safety or name not in utility]
+        if missing:
+            raise FisherError(
+                f"no Fisher for module '{missing[0]}': collect them with these adapters"
+            )
         if self.scope == "global":
-            filtered = self._global(problem_safety, safety, utility)
+            filtered = self._global(cores, safety, utility)
         else:
             filtered = {
-                name: self._module(core, safety[name], utility[name])
-                for name, core in problem_safety.items()
+                name: self._module(name, core, safety[name], utility[name])
+                for name, core in cores.items()
             }
         result: Cores = {}
         for name, core in problem.safety.items():
@@ -139,7 +160,7 @@ class SST(MergeMethod):
         return [(weight, part) for weight, part in parts if weight > 0]
 
     def label(self) -> str:
-        """``sst_soft``, ``sst_hard``, with what differs from the defaults of estimator and scope."""
+        """``sst_soft`` or ``sst_hard``, with what differs from the default variant."""
         extra = [self.estimator] if self.estimator != "exact" else []
         extra += [self.scope] if self.scope != "module" else []
         extra += ["residual"] if self.residual_ratio else []
@@ -164,33 +185,32 @@ class SST(MergeMethod):
             return {**common, "mu": self.mu, "rho": self.rho}
         return {**common, "k": self.k, "projector": self.projector, "damping": self.damping}
 
-    def _module(self, core: torch.Tensor, safety: Any, utility: Any) -> torch.Tensor:
-        if self.kind == "soft":
-            return soft_filter(core, safety, utility, self.mu, self.rho, self.solver)
-        eigen = solve(safety, utility, self.damping, self.solver)
-        return hard_filter(core, eigen, self.k, self.projector, utility)
+    def _module(
+        self, name: str, core: Tensor, safety: ModuleFisher, utility: ModuleFisher
+    ) -> Tensor:
+        try:
+            if self.kind == "soft":
+                return soft_filter(core, safety, utility, self.mu, self.rho, self.solver)
+            eigen = solve(safety, utility, self.damping, self.solver)
+            return hard_filter(core, eigen, self.k, self.projector)
+        except FisherError as error:
+            raise FisherError(f"module '{name}': {error}") from error
 
-    def _global(self, cores: Cores, safety: Mapping[str, Any], utility: Mapping[str, Any]) -> Cores:
+    def _global(
+        self,
+        cores: Cores,
+        safety: Mapping[str, ModuleFisher],
+        utility: Mapping[str, ModuleFisher],
+    ) -> Cores:
+        if not cores:
+            return {}
         if self.kind == "soft":
             return soft_filter_global(cores, safety, utility, self.mu, self.rho)
-        exact = [
-            {name: fishers[name] for name in cores if isinstance(fishers[name], ExactFisher)}
-            for fishers in (safety, utility)
-        ]
-        if any(len(fishers) != len(cores) for fishers in exact):
-            raise SSTMergeError("SST: scope 'global' needs exact Fishers")
-        _, vectors = solve_global(exact[0], exact[1], self.damping)
-        flat = np.concatenate([cores[name].double().numpy().ravel() for name in cores])
-        stacked = np.concatenate([vectors[name] for name in cores])
-        basis, _ = np.linalg.qr(stacked[:, : directions(self.k, stacked.shape[1])])
-        projected = torch.from_numpy(basis @ (basis.T @ flat))
-        pieces = projected.split([core.numel() for core in cores.values()])
-        return {
-            name: piece.reshape(core.shape)
-            for (name, core), piece in zip(cores.items(), pieces, strict=True)
-        }
+        parts = [{name: fishers[name] for name in cores} for fishers in (safety, utility)]
+        solution = solve_global(parts[0], parts[1], self.damping)
+        return hard_filter_global(cores, safety, utility, solution, self.k, self.projector)
 
 
-def _check(name: str, valid: bool, expected: str) -> None:
+def _check(name: str, valid: bool, expected: str, value: object) -> None:
     if not valid:
-        raise SSTMergeError(f"SST: {name} must be {expected}")
+        raise SSTMergeError(f"SST: {name} must be {expected}, got {value!r}")
