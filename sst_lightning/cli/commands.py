@@ -46,7 +46,9 @@ def study(
     run_study(folder, title, stages, fresh)
 
 
-def report(results: list[str], output: str, title: str = "SST-Merge", overwrite: bool = False) -> None:
+def report(
+    results: list[str], output: str, title: str = "SST-Merge", overwrite: bool = False
+) -> None:
     """Draw report.md, report.html and figures from results.json files.
 
     Args:

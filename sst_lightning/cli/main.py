@@ -1,4 +1,4 @@
-"""``sst-merge``: one program for fit, validate, test, predict, merge, compare, demo, study, report."""
+"""The program ``sst-merge``: Lightning's subcommands, merge, compare, and the ones beside them."""
 
 import os
 import sys
@@ -32,8 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         _dispatch(arguments)
-    except (SSTMergeError, MisconfigurationException) as error:
-        print(f"sst-merge: error: {error}", file=sys.stderr)
+    except Exception as error:
+        # jsonargparse wraps what a class raises while the command line builds it.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(
+            cause, SSTMergeError | MisconfigurationException
+        ):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        print(f"sst-merge: error: {cause}", file=sys.stderr)
         return 2
     return 0
 

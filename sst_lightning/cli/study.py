@@ -75,7 +75,9 @@ def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path,
     path = find_config(config)
     recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
-        raise SSTMergeError(f"{path}: not a study; it needs the keys title, output, seed and stages")
+        raise SSTMergeError(
+            f"{path}: not a study; it needs the keys title, output, seed and stages"
+        )
     for key in ("title", "output", "seed", "stages"):
         if key not in recipe:
             raise SSTMergeError(f"{path}: key '{key}' is missing")
@@ -113,7 +115,9 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
     console = Console()
     if fresh and folder.exists():
         if not (folder / MARKER).exists():
-            raise SSTMergeError(f"{folder} is not the folder of a study: --fresh will not delete it")
+            raise SSTMergeError(
+                f"{folder} is not the folder of a study: --fresh will not delete it"
+            )
         shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise SSTMergeError(f"{folder} holds other files: choose another --output")

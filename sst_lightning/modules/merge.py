@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
-from sst_lightning.algebra.core import Cores, CoreSpace
+from sst_lightning.algebra.core import Cores, CoreSpace, add
 from sst_lightning.algebra.errors import AdapterError, SSTMergeError
 from sst_lightning.modules.backbone import (
     Attention,
@@ -67,9 +67,8 @@ class MergeModule(EvaluationModule):
         for adapter in self.adapters:
             _check_base(adapter, base)
         self.space = CoreSpace.from_adapters(self.adapters)
-        self.utility_core = _weighted_sum(
-            [self.space.encode(adapter) for adapter in self.utility_adapters], weights
-        )
+        cores = [self.space.encode(adapter) for adapter in self.utility_adapters]
+        self.utility_core = add(list(zip(weights, cores, strict=True)))
         self.safety_core = self.space.encode(self.safety_adapter)
         self.merge_core: Cores | None = None
         self._injector: CoreInjector | None = None
@@ -140,13 +139,6 @@ class MergeModule(EvaluationModule):
             "adapter_fingerprints": [adapter.fingerprint for adapter in self.adapters],
             "point": self.point_label(point),
         }
-
-
-def _weighted_sum(cores: list[Cores], weights: list[float]) -> Cores:
-    return {
-        name: sum((w * core[name] for w, core in zip(weights, cores, strict=True)), 0 * core[name])
-        for name, core in cores[0].items()
-    }
 
 
 def _check_base(adapter: LoraAdapter, base: str) -> None:
