@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
+from sst_lightning.algebra.adapter import LoraAdapter
+from sst_lightning.algebra.core import CoreSpace
+from sst_lightning.modules.backbone import (
+    Attention,
+    Dtype,
+    Quantization,
+    backbone_fingerprint,
+    identity,
+)
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule
+from sst_lightning.modules.live_adapter import live_adapter
 from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
 
@@ -221,6 +230,36 @@ class SupervisedLoRA(CausalLMModule):
                 "now (other weights, or another quantization)"
             )
         self._resumed_from = {"loops": checkpoint["loops"]} if "loops" in checkpoint else None
+
+    def core_space(self) -> CoreSpace:
+        """Return the core space of the adapter as it is now, for ``FisherCollector``."""
+        return CoreSpace.from_adapters([self._live_adapter()])
+
+    def move_to_point(self, point: str) -> None:
+        """Check that ``point`` is where the weights are.
+
+        Raises:
+            MisconfigurationException: another point than ``training``.
+        """
+        if point != "training":
+            raise MisconfigurationException(
+                f"a Fisher of SupervisedLoRA is taken at the weights in training: give "
+                f"FisherCollector.points the point 'training', not '{point}'"
+            )
+
+    def fisher_metadata(self, point: str) -> dict[str, Any]:
+        """Identify the base model and the adapter that a Fisher is taken with."""
+        assert self.model is not None
+        return {
+            "base_model": identity(self.base),
+            "base_fingerprint": backbone_fingerprint(self.model),
+            "adapter_fingerprints": [self._live_adapter().fingerprint],
+            "point": point,
+        }
+
+    def _live_adapter(self) -> LoraAdapter:
+        assert isinstance(self.model, PeftModel), "configure_model has not run"
+        return live_adapter(self.model, identity(self.base))
 
     def _trainable(self) -> set[str]:
         return {name for name, p in self.named_parameters() if p.requires_grad}

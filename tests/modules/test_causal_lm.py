@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from sst_lightning.modules.causal_lm import CausalLMModule
-from sst_lightning.modules.generation import set_greedy_defaults, stop_tokens
+from sst_lightning.modules.generation import prepare_generation, stop_tokens
 from sst_lightning.modules.plain_head import check_plain_head
 from tests.nano import VOCABULARY, nano_model, nano_tokenizer, random_batch, save_nano
 
@@ -142,10 +142,21 @@ def test_generation_ignores_the_sampling_defaults_of_the_base():
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.temperature = 0.3
     model.generation_config.eos_token_id = [7, 8]
-    set_greedy_defaults(model, tokenizer)
+    prepare_generation(model, tokenizer)
     assert model.generation_config.repetition_penalty in (None, 1.0)
     assert not model.generation_config.do_sample
     assert stop_tokens(tokenizer, model) == [VOCABULARY["<|im_end|>"], 7, 8]
+
+
+def test_head_gets_contiguous_input_in_the_prefill(module):
+    """Of a strided 3-D slice torch copies the head's weight once per sequence."""
+    contiguous = []
+    # A hook on the output sees what the pre-hooks made of the input.
+    module.model.lm_head.register_forward_hook(
+        lambda m, args, out: contiguous.append(args[0].is_contiguous())
+    )
+    module.generate_text(random_batch([(5, 1), (3, 1)]), 3)
+    assert contiguous == [True] * 3
 
 
 def test_generation_keeps_the_training_mode_and_works_in_inference_mode(module):
