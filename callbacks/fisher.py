@@ -131,7 +131,7 @@ class FisherCollector(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the model and open an accumulator per collected dataloader and module."""
-        if not self._collects(trainer, str(trainer.state.fn)):
+        if not self._collects(trainer, trainer.state.fn):
             return
         assert isinstance(pl_module, FisherModule)
         assert pl_module.model is not None
@@ -230,7 +230,7 @@ class FisherCollector(Callback):
         assert self._current is not None
         self._accumulators[self._current][name].update(inputs, gradients)
 
-    def _collects(self, trainer: Trainer, stage: str) -> bool:
+    def _collects(self, trainer: Trainer, stage: str | None) -> bool:
         if trainer.sanity_checking:
             return False
         return stage == "validate" or (self.during_fit and stage == "fit")
