@@ -186,7 +186,9 @@ class FisherCollector(Callback):
             )
         # Sequences do not share anything: the gradient of the sum holds each sequence's gradient
         # in its own rows. autograd.grad, because backward() would add to the trained weights' .grad.
-        torch.autograd.grad(loss.float().sum(), self._leaf.output)
+        with torch.enable_grad():
+            total = loss.float().sum()
+        torch.autograd.grad(total, self._leaf.output)
         self._leaf.output = None
         self._capture.stop()
         self._current = None
