@@ -250,14 +250,14 @@ def test_missing_and_damaged_files(folder, tmp_path):
         with pytest.raises(AdapterError, match=r"safetensors: damaged or truncated"):
             LoraAdapter.load(folder)
     weights.unlink()
-    with pytest.raises(AdapterError, match="adapter_model.safetensors is missing"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
         LoraAdapter.load(folder)
     for text, message in (("{", "not valid JSON"), ("[]", "not a JSON object")):
         config.write_text(text)
         with pytest.raises(AdapterError, match=message):
             LoraAdapter.load(folder)
     config.unlink()
-    with pytest.raises(AdapterError, match="adapter_config.json is missing"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is missing"):
         LoraAdapter.load(folder)
 
 

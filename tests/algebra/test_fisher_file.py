@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sst_lightning.algebra.core import CoreSpace
+from sst_lightning.algebra.errors import FisherError
+from sst_lightning.algebra.fisher import ExactFisher
+from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, mix
+from tests.algebra.builders import random_diagonal, random_exact, random_kronecker, random_lora
+
+MAKERS = {
+    "exact": lambda shape, seed: random_exact(5, *shape, seed),
+    "kfac": lambda shape, seed: random_kronecker(*shape, seed),
+    "diagonal": lambda shape, seed: random_diagonal(*shape, seed),
+}
+
+
+def statistics(estimator="exact", seed=0):
+    adapters = [random_lora(1), random_lora(2)]
+    space = CoreSpace.from_adapters(adapters)
+    modules = {
+        name: MAKERS[estimator](basis.shape, seed + i)
+        for i, (name, basis) in enumerate(space.bases.items())
+    }
+    metadata = FisherMetadata(
+        base_model="nano",
+        base_fingerprint="base",
+        adapter_fingerprints=[adapter.fingerprint for adapter in adapters],
+        data_name="utility",
+        data_fingerprint="rows",
+        count=next(iter(modules.values())).count,
+        estimator=estimator,
+        point="utility [1.0]",
+    )
+    return FisherStatistics(modules, space, metadata)
+
+
+@pytest.mark.parametrize("estimator", MAKERS)
+def test_round_trip(tmp_path, estimator):
+    original = statistics(estimator)
+    original.save(tmp_path / "utility.safetensors")
+    again = FisherStatistics.load(tmp_path / "utility.safetensors")
+    assert again.metadata == original.metadata
+    assert again.path == tmp_path / "utility.safetensors"
+    assert again.modules.keys() == original.modules.keys()
+    for name, fisher in original.modules.items():
+        assert type(again.modules[name]) is type(fisher)
+        assert again.modules[name].count == fisher.count
+        torch.testing.assert_close(again.modules[name].dense(), fisher.dense(), rtol=0, atol=0)
+        assert torch.equal(again.space.bases[name].q_in, original.space.bases[name].q_in)
+    assert [path.name for path in tmp_path.iterdir()] == ["utility.safetensors"]
+
+
+def test_weights_and_scale_survive(tmp_path):
+    original = statistics()
+    name, fisher = next(iter(original.modules.items()))
+    weighted = ExactFisher(fisher.samples, torch.arange(1.0, 6.0), 0.3)
+    replace(original, modules={**original.modules, name: weighted}).save(tmp_path / "f.safetensors")
+    again = FisherStatistics.load(tmp_path / "f.safetensors").modules[name]
+    torch.testing.assert_close(again.dense(), weighted.dense(), rtol=1e-14, atol=0)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "utility.safetensors"
+    with pytest.raises(FisherError, match=r"utility\.safetensors: no such Fisher file"):
+        FisherStatistics.load(path)
+    statistics().save(path)
+    content = path.read_bytes()
+    for size in (len(content) // 2, 20, 0):
+        path.write_bytes(content[:size])
+        with pytest.raises(FisherError, match=r"utility\.safetensors: damaged or truncated"):
+            FisherStatistics.load(path)
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(FisherError, match=r"utility\.safetensors: not a Fisher file"):
+        FisherStatistics.load(path)
+    header = {"format": "sst-merge fisher 1", "metadata": "{}"}
+    save_file({"x": torch.ones(2)}, path, metadata=header)
+    with pytest.raises(FisherError, match=r"utility\.safetensors: incomplete Fisher file"):
+        FisherStatistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_fingerprint", "another"),
+        ("adapter_fingerprints", ["a", "b"]),
+        ("point", "utility [0.5]"),
+    ],
+)
+def test_fisher_of_another_merge_is_refused(tmp_path, field, value):
+    path = tmp_path / "utility.safetensors"
+    statistics().save(path)
+    loaded = FisherStatistics.load(path)
+    expected = {
+        "base_fingerprint": "base",
+        "adapter_fingerprints": loaded.metadata.adapter_fingerprints,
+        "point": "utility [1.0]",
+    }
+    loaded.check_matches(**expected)
+    with pytest.raises(FisherError, match=rf"utility\.safetensors: {field} is .*Collect it again"):
+        loaded.check_matches(**{**expected, field: value})
+
+
+def test_mixture_of_statistics_is_module_by_module():
+    parts = [statistics(seed=0), statistics(seed=50)]
+    mixed = mix([(0.25, parts[0]), (0.75, parts[1])])
+    for name, fisher in mixed.items():
+        expected = 0.25 * parts[0].modules[name].dense() + 0.75 * parts[1].modules[name].dense()
+        torch.testing.assert_close(fisher.dense(), expected)
+    fewer = dict(list(parts[1].modules.items())[:1])
+    with pytest.raises(FisherError, match="same modules"):
+        mix([(1.0, parts[0]), (1.0, replace(parts[1], modules=fewer))])
+    with pytest.raises(FisherError, match="at least one part"):
+        mix([])
