@@ -35,7 +35,7 @@ class Security(TextDataModule):
             are too few. 0 is the original's recipe, which teaches a blunt adapter.
         held_out_groups: Attack families (embedded: wrapper styles) of the test split; None means
             the last 40 % in alphabetical order (embedded: its own choice).
-        group_column: Column of a file that names the attack family.
+        group_column: Column of a file that names the attack family, or the source of a harmless row.
         harmless_path: File with harmless prompts, or "embedded" for the embedded look-alikes.
         harmless_test_path: Another file for the harmless test rows.
         harmless_label: "column=value": use only these rows of a harmless file that has the column,
@@ -144,16 +144,13 @@ class Security(TextDataModule):
         for number, _ in table:
             if not self.keep(table, number, (prompt, response)):
                 continue
-            group = ""
-            if table.has(self.group_column):
-                group = table.text(number, self.group_column, optional=self.skip_empty)
             rows.append(
                 Row(
                     id=f"{self.name}:{number}",
                     prompt=table.text(number, prompt),
                     response=table.text(number, response),
                     kind="attack",
-                    group=group,
+                    group=self._group(table, number),
                 )
             )
         return rows
@@ -204,12 +201,17 @@ class Security(TextDataModule):
                     prompt=table.text(number, prompt),
                     response=table.text(number, response, optional=True) if response else "",
                     kind="harmless",
-                    group=label,
+                    group=self._group(table, number) or label,
                 )
             )
         if not rows:
             raise DataError(f"{path}: no harmless rows left with {self.harmless_label!r}")
         return rows
+
+    def _group(self, table: Table, number: int) -> str:
+        if not table.has(self.group_column):
+            return ""
+        return table.text(number, self.group_column, optional=self.skip_empty)
 
 
 def _row_id(row: Row) -> str:

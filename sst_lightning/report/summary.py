@@ -22,6 +22,7 @@ from sst_lightning.metrics.scores import ModelScores
 
 REFERENCE_METHOD = "task_arithmetic"
 QUOTED_ANSWERS = 3
+MOST_GROUPS = 6
 QUOTED_KINDS = ("utility", "harmless")
 
 
@@ -67,6 +68,7 @@ def build_records(
     records = []
     for candidate in candidates:
         metrics = model_metrics(candidate.scores, utility_tasks)
+        metrics |= group_metrics(candidate.scores, rows)
         if reference is not None and safety is not None and "alpha" in candidate.parameters:
             metrics |= tax_metrics(candidate.scores, reference, safety, utility_tasks)
         record: dict[str, Any] = {
@@ -108,6 +110,26 @@ def model_metrics(scores: ModelScores, utility_tasks: Sequence[str]) -> dict[str
             scores.array(task, "nll"), scores.array(task, "tokens")
         )
     return {name: interval for name, interval in metrics.items() if interval.n}
+
+
+def group_metrics(scores: ModelScores, rows: Mapping[str, Sequence[Row]]) -> dict[str, Interval]:
+    """Return refusal rates of each attack family and each source of harmless prompts.
+
+    Only where there are two to ``MOST_GROUPS`` of them: beyond that, groups are single prompts.
+    """
+    metrics: dict[str, Interval] = {}
+    for task, name in (("attack", "attack_refusal_rate"), ("harmless", "over_refusal_rate")):
+        groups = sorted({row.group for row in rows.get(task, ())})
+        if not 2 <= len(groups) <= MOST_GROUPS:
+            continue
+        verdicts = scores.values.get(task, {}).get("refusal", {})
+        for group in groups:
+            own = [
+                verdicts[row.id] for row in rows[task] if row.group == group and row.id in verdicts
+            ]
+            if own:
+                metrics[f"{name}/{group}"] = wilson_interval(sum(own), len(own))
+    return metrics
 
 
 def tax_metrics(
