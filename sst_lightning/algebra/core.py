@@ -92,6 +92,23 @@ class CoreBasis:
         b = self.q_out.double() @ u[:, :keep] * root
         return LoraFactors(a.float(), b.float(), 1.0), discarded
 
+    def change_from(self, other: "CoreBasis") -> tuple[Tensor, Tensor] | None:
+        """Return T_out (p, p) and T_in (q, q), fp64: a core M of ``other`` is T_out M T_inᵀ here.
+
+        Returns:
+            ``None`` if the bases do not span the same space.
+        """
+        changes = []
+        for new, old in ((self.q_out, other.q_out), (self.q_in, other.q_in)):
+            if new.shape != old.shape:
+                return None
+            change = new.double().T @ old.double()
+            error = (change @ change.T - torch.eye(len(change), dtype=change.dtype)).abs().max()
+            if float(error) > REPRESENTABLE:
+                return None
+            changes.append(change)
+        return changes[0], changes[1]
+
 
 class CoreSpace:
     """The core bases of all target modules.
@@ -225,4 +242,7 @@ def _orthonormal(columns: Sequence[Tensor]) -> Tensor:
     u, s, _ = torch.linalg.svd(torch.cat(scaled, dim=1), full_matrices=False)
     keep = int((s > RANK_TOLERANCE).sum())
     # An adapter with ΔW = 0 (B at its initial value) still needs one column.
-    return u[:, : max(keep, 1)].float().contiguous()
+    basis = u[:, : max(keep, 1)]
+    # A singular vector's sign depends on the LAPACK at hand: make its largest entry positive.
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    return (basis * largest.sign()).float().contiguous()

@@ -17,6 +17,8 @@ from sst_lightning.algebra.errors import FisherError
 
 FisherType = TypeVar("FisherType", bound="ModuleFisher")
 
+AXES_TOLERANCE = 1e-3
+
 
 class ModuleFisher(ABC):
     """An estimate of one module's Fisher.
@@ -47,6 +49,15 @@ class ModuleFisher(ABC):
     @abstractmethod
     def scaled(self, factor: float) -> "ModuleFisher":
         """Factor · F."""
+
+    @abstractmethod
+    def rotated(self, outputs: Tensor, inputs: Tensor) -> "ModuleFisher":
+        """F in other orthonormal bases of the same space, where a core M is T_out M T_inᵀ.
+
+        Args:
+            outputs: T_out, (p, p).
+            inputs: T_in, (q, q).
+        """
 
     @property
     def size(self) -> int:
@@ -127,6 +138,11 @@ class ExactFisher(ModuleFisher):
         """Factor · F."""
         return ExactFisher(self.samples, self.weights, self.scale * factor)
 
+    def rotated(self, outputs: Tensor, inputs: Tensor) -> "ExactFisher":
+        """F in other bases: every g_n becomes T_out g_n T_inᵀ."""
+        samples = (outputs @ self.samples.double() @ inputs.T).float()
+        return ExactFisher(samples, self.weights, self.scale)
+
 
 @dataclass(frozen=True)
 class KroneckerFisher(ModuleFisher):
@@ -168,6 +184,13 @@ class KroneckerFisher(ModuleFisher):
         """Factor · F, with the factor put into G."""
         return KroneckerFisher(self.output_factor.double() * factor, self.input_factor, self.count)
 
+    def rotated(self, outputs: Tensor, inputs: Tensor) -> "KroneckerFisher":
+        """F in other bases: T_out G T_outᵀ and T_in A T_inᵀ."""
+        output_factor = outputs @ self.output_factor.double() @ outputs.T
+        return KroneckerFisher(
+            output_factor, inputs @ self.input_factor.double() @ inputs.T, self.count
+        )
+
 
 @dataclass(frozen=True)
 class DiagonalFisher(ModuleFisher):
@@ -201,6 +224,21 @@ class DiagonalFisher(ModuleFisher):
     def scaled(self, factor: float) -> "DiagonalFisher":
         """Factor · F."""
         return DiagonalFisher(self.diagonal.double() * factor, self.count)
+
+    def rotated(self, outputs: Tensor, inputs: Tensor) -> "DiagonalFisher":
+        """F in other bases, whose axes must be the same up to sign and order.
+
+        Raises:
+            FisherError: the axes are other ones; a diagonal does not say what F is along those.
+        """
+        squares = outputs.square(), inputs.square()
+        if any(float((square - square.round()).abs().max()) > AXES_TOLERANCE for square in squares):
+            raise FisherError(
+                "a diagonal Fisher cannot be expressed along other axes; collect it again"
+            )
+        return DiagonalFisher(
+            squares[0].round() @ self.diagonal.double() @ squares[1].round().T, self.count
+        )
 
 
 def mix_modules(parts: Sequence[tuple[float, ModuleFisher]]) -> ModuleFisher:

@@ -126,21 +126,58 @@ class FisherStatistics:
                     "the Fisher belongs to another merge. Collect it again with sst-merge validate"
                 )
 
+    def to_space(self, space: CoreSpace) -> "FisherStatistics":
+        """Express the Fisher in the bases of ``space``, which must span the same modules' ΔW.
+
+        A core space is computed again from the adapters whenever they are loaded; on another
+        machine its axes may differ in sign, and near-equal singular values in direction.
+
+        Raises:
+            FisherError: names the file and the module whose bases span something else.
+        """
+        if set(space.bases) != set(self.modules):
+            differing = sorted(set(space.bases) ^ set(self.modules))
+            raise FisherError(
+                f"{self.path}: module '{differing[0]}' is only in the Fisher or only in the "
+                "merge's core space; collect the Fisher again with these adapters"
+            )
+        modules: dict[str, ModuleFisher] = {}
+        for name, fisher in self.modules.items():
+            new, old = space.bases[name], self.space.bases[name]
+            if torch.equal(new.q_out, old.q_out) and torch.equal(new.q_in, old.q_in):
+                modules[name] = fisher
+                continue
+            change = new.change_from(old)
+            if change is None:
+                raise FisherError(
+                    f"{self.path}: the core space of module '{name}' is not that of this merge; "
+                    "collect the Fisher again with these adapters"
+                )
+            try:
+                modules[name] = fisher.rotated(*change)
+            except FisherError as error:
+                raise FisherError(f"{self.path}: module '{name}': {error}") from error
+        return FisherStatistics(modules, space, self.metadata, self.path)
+
 
 def mix(parts: Sequence[tuple[float, FisherStatistics]]) -> dict[str, ModuleFisher]:
-    """Return Σ w_i F_i / Σ w_i module by module (see :func:`mix_modules`).
+    """Return Σ w_i F_i / Σ w_i module by module, in the first part's core space.
+
+    See :func:`~sst_lightning.algebra.fisher.mix_modules`.
 
     Raises:
         FisherError: nothing to mix, or Fishers of different estimators, spaces or modules.
     """
     if not parts:
         raise FisherError("a Fisher mixture needs at least one part")
-    names = set(parts[0][1].modules)
-    if any(set(part.modules) != names for _, part in parts):
+    first = parts[0][1]
+    if any(set(part.modules) != set(first.modules) for _, part in parts):
         raise FisherError("only Fishers of the same modules can be mixed")
+    # Everything is expressed in the first part's bases, which costs nothing where they are equal.
+    parts = [(weight, part.to_space(first.space)) for weight, part in parts]
     return {
         name: mix_modules([(weight, part.modules[name]) for weight, part in parts])
-        for name in parts[0][1].modules
+        for name in first.modules
     }
 
 

@@ -80,6 +80,18 @@ def test_nothing_depends_on_the_factorisation(seed):
         torch.testing.assert_close(core, other.encode(item), rtol=1e-9, atol=1e-9)
 
 
+def test_change_of_basis():
+    items = [random_factors(rank=r, seed=r) for r in (2, 3)]
+    basis = CoreBasis.from_factors(items)
+    rotations = [torch.linalg.qr(torch.randn(5, 5, generator=generator(i)))[0] for i in (1, 2)]
+    other = CoreBasis(basis.q_out @ rotations[0], basis.q_in @ rotations[1])
+    outputs, inputs = other.change_from(basis)
+    found = outputs @ basis.encode(items[0]) @ inputs.T
+    torch.testing.assert_close(found, other.encode(items[0]), rtol=1e-5, atol=1e-5)
+    assert basis.change_from(CoreBasis.from_factors(items[:1])) is None
+    assert basis.change_from(CoreBasis.from_factors([items[0], random_factors(rank=3)])) is None
+
+
 def test_shared_directions_are_not_counted_twice():
     factors = random_factors(rank=3)
     twice = LoraFactors(factors.A, 2 * factors.B, 0.5)

@@ -107,3 +107,25 @@ def test_what_does_not_mix_is_refused():
     ):
         with pytest.raises(FisherError, match=message):
             mix_modules(parts)
+
+
+@pytest.mark.parametrize("name", ["exact", "weighted", "kfac"])
+def test_rotation_to_other_bases_keeps_every_quadratic_form(name):
+    fisher = FISHERS[name]
+    outputs, inputs = (torch.linalg.qr(random_core(n, n, n))[0] for n in (P, Q))
+    rotated = fisher.rotated(outputs, inputs)
+    core = random_core(P, Q)
+    there = outputs @ core @ inputs.T
+    assert rotated.rayleigh(there) == pytest.approx(fisher.rayleigh(core), rel=1e-5)
+    assert rotated.count == fisher.count
+
+
+def test_diagonal_follows_signs_and_order_and_nothing_else():
+    fisher, core = FISHERS["diagonal"], random_core(P, Q)
+    outputs = -torch.eye(P, dtype=torch.float64)[[2, 0, 1]]
+    inputs = torch.eye(Q, dtype=torch.float64) * torch.tensor([1.0, -1, 1, -1])
+    rotated = fisher.rotated(outputs, inputs)
+    assert rotated.rayleigh(outputs @ core @ inputs.T) == pytest.approx(fisher.rayleigh(core))
+    turned = torch.linalg.qr(random_core(P, P))[0]
+    with pytest.raises(FisherError, match="other axes"):
+        fisher.rotated(turned, inputs)

@@ -1,14 +1,21 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sst_lightning.algebra.core import CoreSpace
+from sst_lightning.algebra.core import CoreBasis, CoreSpace
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.fisher import ExactFisher
 from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, mix
-from tests.algebra.builders import random_diagonal, random_exact, random_kronecker, random_lora
+from tests.algebra.builders import (
+    random_core,
+    random_diagonal,
+    random_exact,
+    random_kronecker,
+    random_lora,
+)
 
 MAKERS = {
     "exact": lambda shape, seed: random_exact(5, *shape, seed),
@@ -114,3 +121,48 @@ def test_mixture_of_statistics_is_module_by_module():
         mix([(1.0, parts[0]), (1.0, replace(parts[1], modules=fewer))])
     with pytest.raises(FisherError, match="at least one part"):
         mix([])
+
+
+def turned(space, seed=3, signs_only=False):
+    """The same spans with other orthonormal bases."""
+    bases = {}
+    for name, basis in space.bases.items():
+        rotations = [random_core(n, n, seed) for n in basis.shape]
+        rotations = [torch.linalg.qr(rotation)[0].float() for rotation in rotations]
+        if signs_only:
+            rotations = [torch.diag(rotation[0].sign()) for rotation in rotations]
+        bases[name] = CoreBasis(basis.q_out @ rotations[0], basis.q_in @ rotations[1])
+    return CoreSpace(bases)
+
+
+@pytest.mark.parametrize("estimator", MAKERS)
+def test_fisher_follows_the_adapters_into_other_bases(estimator):
+    """The cost of the same ΔW is the same, whichever bases the core space was given."""
+    original = statistics(estimator)
+    adapter = random_lora(1)
+    cores = original.space.encode(adapter)
+    for signs_only in (True, False):
+        space = turned(original.space, signs_only=signs_only)
+        if estimator == "diagonal" and not signs_only:
+            with pytest.raises(FisherError, match="other axes"):
+                original.to_space(space)
+            continue
+        moved = original.to_space(space)
+        for name, core in space.encode(adapter).items():
+            expected = original.modules[name].rayleigh(cores[name])
+            assert moved.modules[name].rayleigh(core) == pytest.approx(expected, rel=1e-4)
+            mixed = mix([(1.0, original), (1.0, moved)])[name].rayleigh(cores[name])
+            assert mixed == pytest.approx(expected, rel=1e-4)
+    assert original.to_space(original.space).modules == original.modules
+
+
+def test_fisher_of_another_core_space_is_refused():
+    original = replace(statistics(), path=Path("utility.safetensors"))
+    others = (
+        ([random_lora(3), random_lora(4)], r"core space of module 'layers\.0\.q_proj' is not that"),
+        ([random_lora(1), random_lora(2, rank=4)], "is not that of this merge"),
+        ([random_lora(1, names=("layers.0.q_proj",))], r"'layers\.1\.down_proj' is only in"),
+    )
+    for adapters, message in others:
+        with pytest.raises(FisherError, match=rf"utility\.safetensors: .*{message}"):
+            original.to_space(CoreSpace.from_adapters(adapters))
