@@ -12,9 +12,26 @@ from sst_lightning.algebra.gevp import held_out_values, solve
 SPECTRUM_DIRECTIONS = 32
 
 
-def kept_energy_by_module(before: Cores, after: Cores) -> dict[str, float]:
-    """Return ‖filter(M_s)‖² / ‖M_s‖² of each module (0 where the safety adapter has no ΔW)."""
-    return {name: kept_energy(before[name], after[name]) for name in before}
+def kept_energy_by_module(
+    before: Cores, after: Cores, safety: Mapping[str, ModuleFisher] | None = None
+) -> dict[str, float]:
+    """Return the share of the safety adapter's energy that a filter keeps, module by module.
+
+    With F_s the energy is δᵀF_s δ, the safety that a second-order model says is gained: the soft
+    filter never raises it, while ‖δ‖² may grow. Without F_s it is ‖δ‖². 0 where ΔW is 0.
+
+    Args:
+        before: safety cores.
+        after: filtered cores.
+        safety: F_s by module.
+    """
+    if safety is None:
+        return {name: kept_energy(before[name], after[name]) for name in before}
+    shares = {}
+    for name, core in before.items():
+        total = safety[name].rayleigh(core)
+        shares[name] = safety[name].rayleigh(after[name]) / total if total > 0 else 0.0
+    return shares
 
 
 def spectrum(

@@ -108,7 +108,8 @@ class Merger:
 
     def diagnostics(self, filtered: Cores, problem: MergeProblem) -> dict[str, Any]:
         """Return what the report draws: kept safety energy per module and the GEVP spectrum."""
-        result: dict[str, Any] = {"kept_energy": kept_energy_by_module(problem.safety, filtered)}
+        energy = kept_energy_by_module(problem.safety, filtered, problem.fisher_safety)
+        result: dict[str, Any] = {"kept_energy": energy}
         if problem.fisher_utility is not None and problem.fisher_safety is not None:
             values = spectrum(problem.fisher_safety, problem.fisher_utility)
             if values is not None:

@@ -123,7 +123,7 @@ def kept_energy(records: Sequence[Record], setting: str) -> Figure | None:
         axis.set_yticklabels([layers[i] for i in axis.get_yticks()])
         axis.set_title(method)
     axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes), label="‖filtered‖² / ‖safety‖²")  # type: ignore[arg-type]
+    figure.colorbar(image, ax=list(axes), label="share of the safety adapter's δᵀF_s δ")  # type: ignore[arg-type]
     figure.suptitle(f"{setting}: kept safety energy")
     return figure
 
