@@ -78,11 +78,6 @@ class Comparison:
         self.merges: list[Merge] = []
         self._filtered: dict[str, tuple[Cores, MergeProblem, dict[str, Any]]] = {}
 
-    @staticmethod
-    def label(method: MergeMethod) -> str:
-        """Name of a method in folders and tables."""
-        return method.label()
-
     def add(
         self, method: MergeMethod, alpha: float, folder: Path, rank: int | None = None
     ) -> Merge:
@@ -123,7 +118,7 @@ class Comparison:
         if self.trainer.is_global_zero:
             write_text(folder / "merge.json", json.dumps(recipe, indent=1) + "\n")
             write_text(folder / "README.md", model_card(recipe))
-        rank_zero_info(f"{self.label(method)} α={alpha:g}: saved and verified {folder}")
+        rank_zero_info(f"{method.label()} α={alpha:g}: saved and verified {folder}")
         merge = Merge(method, alpha, cores, folder, recipe, diagnostics)
         self.merges.append(merge)
         return merge
@@ -152,8 +147,8 @@ class Comparison:
             scores = self.evaluator.evaluate(merge.cores, hash_cores(merge.cores, fingerprints))
             candidates.append(
                 self._candidate(
-                    f"{self.setting} {self.label(merge.method)} α={merge.alpha:g}",
-                    self.label(merge.method),
+                    f"{self.setting} {merge.method.label()} α={merge.alpha:g}",
+                    merge.method.label(),
                     merge.recipe["parameters"],
                     scores,
                     merge.diagnostics,

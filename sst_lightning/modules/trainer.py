@@ -6,13 +6,14 @@ from typing import Any
 from jsonargparse import lazy_instance
 from lightning.pytorch import Trainer
 
+from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import refuse_overwrite
 from sst_lightning.algebra.methods import SST, MergeMethod, TaskArithmetic
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.comparison import Comparison
 from sst_lightning.modules.merge import MergeModule
 
-DEFAULT_ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5)
+DEFAULT_ALPHAS = [0.5, 1.0, 2.0, 3.5]
 
 
 class SSTTrainer(Trainer):
@@ -57,7 +58,7 @@ class SSTTrainer(Trainer):
         model: MergeModule,
         datamodule: SafetyUtilityData,
         methods: list[MergeMethod] | None = None,
-        alphas: list[float] | None = None,
+        alphas: list[float] | dict[str, list[float]] | None = None,
         output: str = "runs/compare",
         setting: str | None = None,
         rank: int | None = None,
@@ -71,7 +72,9 @@ class SSTTrainer(Trainer):
             model: the adapters.
             datamodule: calibration and test rows.
             methods: merge methods; SST and task arithmetic when not given.
-            alphas: weights of the safety adapter; 0.25, 0.5, 0.75, 1 and 1.5 when not given.
+            alphas: weights of the safety adapter: one grid for all methods, or a grid for each
+                method by its label (such as ``sst_soft``, ``task_arithmetic``); 0.5, 1, 2 and 3.5
+                when not given.
             output: folder; each merge goes to ``<output>/adapters/<method>-alpha-<alpha>``.
             setting: name of this set of adapters in the report, such as ``A5+A7``.
             rank: truncate merged adapters to this rank; exact when not given.
@@ -83,12 +86,33 @@ class SSTTrainer(Trainer):
         Returns:
             The records of ``results.json``.
         """
+        grids = _grids(methods or [SST(), TaskArithmetic()], alphas)
         refuse_overwrite(output, overwrite)
         comparison = Comparison(
             self, model, datamodule, Path(output), fisher=fisher, cache=cache, setting=setting
         )
-        for method in methods or [SST(), TaskArithmetic()]:
-            for alpha in alphas or DEFAULT_ALPHAS:
-                name = f"{comparison.label(method)}-alpha-{alpha:g}"
+        for method, grid in grids:
+            for alpha in grid:
+                name = f"{method.label()}-alpha-{alpha:g}"
                 comparison.add(method, alpha, Path(output) / "adapters" / name, rank)
         return comparison.finish()
+
+
+def _grids(
+    methods: list[MergeMethod], alphas: list[float] | dict[str, list[float]] | None
+) -> list[tuple[MergeMethod, list[float]]]:
+    """Pair each method with its α grid.
+
+    Raises:
+        SSTMergeError: two methods share a label, or ``alphas`` does not name exactly the methods.
+    """
+    labels = [method.label() for method in methods]
+    if len(set(labels)) < len(labels):
+        raise SSTMergeError(f"compare: methods must have different labels, got {', '.join(labels)}")
+    if not isinstance(alphas, dict):
+        return [(method, alphas or DEFAULT_ALPHAS) for method in methods]
+    if set(alphas) != set(labels):
+        raise SSTMergeError(
+            f"compare: alphas names {', '.join(alphas)}, but the methods are {', '.join(labels)}"
+        )
+    return [(method, alphas[method.label()]) for method in methods]
