@@ -22,7 +22,7 @@ from sst_lightning.report.records import read_records
 # Whole jailbreak families that A7 never sees, short enough for a small model to understand.
 HELD_OUT = ["bad words", "fixed sentence", "programming", "without_the"]
 ALPHAS = {
-    "sst_soft": [1.0, 2.0, 3.5],
+    "sst_soft": [1.5, 3.0, 4.5],
     "sst_hard": [1.0, 2.0],
     "task_arithmetic": [0.5, 0.75, 1.0],
 }
