@@ -3,6 +3,7 @@
 import math
 from typing import Literal
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -89,7 +90,10 @@ def soft_filter_dual(
         rho: ridge, > 0.
     """
     stacked = torch.cat([safety, math.sqrt(mu) * utility])
-    weights = dual_weights(stacked @ stacked.T, utility @ delta, rho)
+    # dsyrk on the transposed view fills the lower triangle of XXᵀ, at half the cost of a product;
+    # it is all that dual_weights reads. This product dominates the filter.
+    gram = torch.from_numpy(scipy.linalg.blas.dsyrk(1.0, stacked.numpy().T, trans=1).T)
+    weights = dual_weights(gram, utility @ delta, rho)
     return delta - math.sqrt(mu) * (stacked.T @ weights)
 
 
@@ -97,14 +101,15 @@ def dual_weights(gram: Tensor, utility: Tensor, rho: float) -> Tensor:
     """Return (XXᵀ + ρI)⁻¹ [0; Uδ], (N,).
 
     Args:
-        gram: XXᵀ, (N, N), the utility samples last; overwritten.
+        gram: XXᵀ, (N, N), the utility samples last. Overwritten; read below the diagonal only.
         utility: Uδ, (N_u,).
         rho: ridge, > 0.
     """
     gram.diagonal().add_(rho)
-    right = torch.zeros(len(gram), 1, dtype=gram.dtype)
-    right[len(gram) - len(utility) :, 0] = utility
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram))[:, 0]
+    right = torch.zeros(len(gram), dtype=gram.dtype)
+    right[len(gram) - len(utility) :] = utility
+    factor = scipy.linalg.cho_factor(gram.numpy(), lower=True, overwrite_a=True)
+    return torch.from_numpy(scipy.linalg.cho_solve(factor, right.numpy(), overwrite_b=True))
 
 
 def hard_filter(
