@@ -13,6 +13,7 @@ Array = NDArray[np.float64]
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 NOT_SIGNIFICANT = "undefined (gain not significant)"
+SAFETY_FELL = "undefined (safety fell)"
 ZERO_REFERENCE = "undefined (reference is 0)"
 
 
@@ -114,7 +115,8 @@ def safety_tax(
     """Compute the tax of a merge against its reference, the utility model before safety.
 
     Utility rows and attacks are resampled independently of each other, each paired across models.
-    Both taxes are undefined, not 0 or ∞, where the interval of the safety gain includes 0.
+    Both taxes are undefined, not 0 or ∞, where the interval of the safety gain includes 0, and
+    where safety fell: the quotient of two losses would look like a bargain.
 
     Args:
         utility: score of the merge on each utility row (higher is better), (n_u,).
@@ -130,12 +132,13 @@ def safety_tax(
     s_full = _with_draws(safety_adapter, attacks)
     n_u, n_s = len(utility), len(safety)
     gain = _make(s - s_ref, n_s)
-    significant = gain.low is not None and gain.high is not None and not gain.low <= 0 <= gain.high
+    rose = gain.low is not None and gain.low > 0
+    fell = gain.high is not None and gain.high < 0
     drop_rate = _ratio(u_ref - u, u_ref, n_u, ZERO_REFERENCE)
     gain_rate = _ratio(s - s_ref, s_ref, n_s, ZERO_REFERENCE)
-    undefined = Interval(None, None, None, n_u + n_s, NOT_SIGNIFICANT)
+    undefined = Interval(None, None, None, n_u + n_s, SAFETY_FELL if fell else NOT_SIGNIFICANT)
     tax = absolute = undefined
-    if significant:
+    if rose:
         absolute = _ratio(u_ref - u, s - s_ref, n_u + n_s, ZERO_REFERENCE)
         # The same as drop rate / gain rate, without dividing by a gain rate that is infinite.
         tax = _ratio((u_ref - u) * s_ref, u_ref * (s - s_ref), n_u + n_s, ZERO_REFERENCE)

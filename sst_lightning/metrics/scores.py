@@ -53,5 +53,5 @@ class ModelScores:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(content["values"], content["answers"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise SSTMergeError(f"{path}: not an evaluation; delete it and run again") from error
