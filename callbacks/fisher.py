@@ -17,6 +17,8 @@ from sst_lightning.algebra.files import refuse_overwrite
 from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics
 from sst_lightning.modules.core_hooks import CoreGradientCapture, EmbeddingLeaf
 
+DEFAULT_POINTS = {"utility": "utility", "harmless": "utility", "safety": "safety"}
+
 
 @runtime_checkable
 class FisherModule(Protocol):
@@ -54,6 +56,8 @@ class FisherCollector(Callback):
         points: for each dataloader name, the point its Fisher is taken at (``utility``: the merge
             of the utility adapters; ``safety``: the safety adapter; ``base``; ``merge``: the merge
             the module holds; ``training``: the weights in training). Other dataloaders are ignored.
+            When not given: ``utility`` and ``harmless`` at the utility merge, ``safety`` at the
+            safety adapter, as far as the datamodule has them.
         estimator: ``exact`` keeps per-sequence gradients, ``kfac`` two Kronecker factors,
             ``diagonal`` the mean squared gradient (``gradient_variance`` in the original).
         output: folder for ``<name>.safetensors``; nothing is written when not given.
@@ -75,11 +79,8 @@ class FisherCollector(Callback):
         during_fit: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.points = (
-            {"utility": "utility", "harmless": "utility", "safety": "safety"}
-            if points is None
-            else dict(points)
-        )
+        self.points = dict(DEFAULT_POINTS if points is None else points)
+        self._default_points = points is None
         self.estimator = estimator
         self.output = None if output is None else Path(output)
         self.during_fit = during_fit
@@ -117,6 +118,8 @@ class FisherCollector(Callback):
                 "FisherCollector needs a datamodule with validation_names (one per validation "
                 "dataloader), such as sst_lightning.data.SafetyUtilityData"
             )
+        if self._default_points:
+            self.points = {n: p for n, p in DEFAULT_POINTS.items() if n in names}
         unknown = sorted(set(self.points) - set(names))
         if unknown:
             raise MisconfigurationException(

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from sst_lightning.cli.config_record import ConfigRecord
 from sst_lightning.cli.shipped_configs import find_config
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.trainer import SSTTrainer
@@ -54,6 +55,7 @@ def run_lightning(arguments: Sequence[str]) -> SSTCommandLine:
             trainer_defaults={"inference_mode": False},
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=ConfigRecord,
             save_config_kwargs={"overwrite": True},
             args=_shipped(arguments),
         )

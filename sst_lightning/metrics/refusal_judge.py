@@ -1,4 +1,4 @@
-"""Rule-based judge: is an answer a refusal, compliance, or degenerate?"""
+"""Rule-based judge of an answer: refusal, compliance or degenerate."""
 
 import re
 import zlib

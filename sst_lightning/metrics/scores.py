@@ -1,8 +1,10 @@
 """Per-example scores of one model, kept so that models can be compared on the same items."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +57,12 @@ class ModelScores:
             return cls(content["values"], content["answers"])
         except (ValueError, KeyError, TypeError) as error:
             raise SSTMergeError(f"{path}: not an evaluation; delete it and run again") from error
+
+
+@lru_cache(maxsize=1)
+def scoring_fingerprint() -> str:
+    """Hash of the metrics' source code: stored scores are void when a rule of the judge changes."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.algebra.files import refuse_overwrite
 from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
+from sst_lightning.modules.base_check import check_base_name, check_shapes
 from sst_lightning.modules.evaluation import EvaluationModule
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
@@ -28,7 +29,8 @@ class AdapterEvaluation(EvaluationModule):
         max_new_tokens: length of generated answers.
 
     Raises:
-        AdapterError: the adapter cannot be read.
+        AdapterError: the adapter cannot be read, or names another base.
+        OutputExistsError: ``output`` has a results.json and ``overwrite`` is false.
     """
 
     def __init__(
@@ -44,15 +46,22 @@ class AdapterEvaluation(EvaluationModule):
     ) -> None:
         super().__init__(base, dtype, attention, quantization, max_new_tokens)
         self.adapter = None if adapter is None else LoraAdapter.load(Path(adapter))
+        if self.adapter is not None:
+            check_base_name(self.adapter, base)
         self.output = None if output is None else Path(output)
         if self.output is not None:
             refuse_overwrite(self.output / "results.json", overwrite, "model.overwrite: true")
 
     def build_model(self) -> PreTrainedModel | PeftModel:
-        """Load the base and, through PEFT, the adapter."""
+        """Load the base and, through PEFT, the adapter.
+
+        Raises:
+            AdapterError: the adapter was trained on another model.
+        """
         model = self.load_base()
         if self.adapter is None:
             return model
+        check_shapes(self.adapter, model)
         return PeftModel.from_pretrained(model, self.adapter.path)  # type: ignore[arg-type]
 
     def on_test_epoch_end(self) -> None:

@@ -1,6 +1,7 @@
 """Merges of one set of adapters, evaluated side by side and written as records and report."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from sst_lightning.metrics.scores import ModelScores
 from sst_lightning.modules.evaluator import Evaluator, hash_cores
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import Merger
-from sst_lightning.modules.verification import verify_saved
+from sst_lightning.modules.verification import VerificationError, verify_saved
 from sst_lightning.report.model_card import model_card
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
@@ -88,6 +89,10 @@ class Comparison:
             alpha: weight of the filtered safety adapter.
             folder: where the adapter goes.
             rank: truncate to this rank.
+
+        Raises:
+            VerificationError: the saved adapter is not the merge, or nothing was merged; ``folder``
+                is gone then.
         """
         key = json.dumps([method.name, method.parameters()], sort_keys=True)
         if key not in self._filtered:
@@ -114,7 +119,12 @@ class Comparison:
         if self.trainer.is_global_zero:
             adapter.save(folder, overwrite=True)
         self.trainer.strategy.barrier()
-        recipe["verification"] = verify_saved(self.model, folder, cores, self._batch())
+        try:
+            recipe["verification"] = verify_saved(self.model, folder, cores, self._batch())
+        except VerificationError:
+            if self.trainer.is_global_zero:
+                shutil.rmtree(folder)
+            raise
         if self.trainer.is_global_zero:
             write_text(folder / "merge.json", json.dumps(recipe, indent=1) + "\n")
             write_text(folder / "README.md", model_card(recipe))
@@ -127,16 +137,15 @@ class Comparison:
         """Evaluate base, inputs and merges; write results.json, report and TensorBoard figures."""
         fingerprints = [adapter.fingerprint for adapter in self.model.adapters]
         candidates = [self._candidate("base", "base", {}, self.evaluator.evaluate(None, "base"))]
-        names = list(self.datamodule.utility)
-        for name, adapter in zip(names, self.model.utility_adapters, strict=False):
+        names = self._utility_names()
+        for name, adapter in zip(names, self.model.utility_adapters, strict=True):
             scores = self.evaluator.evaluate(self.model.space.encode(adapter), adapter.fingerprint)
-            candidates.append(self._candidate(name.upper(), "adapter", {}, scores))
+            candidates.append(self._candidate(name, "adapter", {}, scores))
         if len(self.model.utility_adapters) > 1:
             weights = hash_cores(self.model.utility_core, fingerprints)
             scores = self.evaluator.evaluate(self.model.utility_core, weights)
-            label = "+".join(name.upper() for name in names)
             parameters = {"weights": self.model.utility_weights}
-            candidates.append(self._candidate(label, "utility_merge", parameters, scores))
+            candidates.append(self._candidate("+".join(names), "utility_merge", parameters, scores))
         safety = self.evaluator.evaluate(
             self.model.safety_core, self.model.safety_adapter.fingerprint
         )
@@ -158,7 +167,7 @@ class Comparison:
         records = build_records(
             candidates,
             setting=self.setting,
-            utility_tasks=names,
+            utility_tasks=list(self.datamodule.utility),
             reference=reference,
             safety=safety,
             rows={task.task: task.rows for task in self.datamodule.evaluation_tasks},
@@ -166,8 +175,9 @@ class Comparison:
         if self.trainer.is_global_zero:
             write_records(records, self.output / "results.json")
             write_report(records, self.output, f"SST-Merge: {self.setting}")
-            if self.trainer.logger is not None and self.trainer.logger.log_dir:
-                log_figures(records, Path(self.trainer.logger.log_dir))
+            folder = getattr(self.trainer.logger, "log_dir", None)
+            if isinstance(folder, str):  # the logger of fast_dev_run answers with a function
+                log_figures(records, Path(folder))
         return records
 
     def _candidate(
@@ -187,6 +197,18 @@ class Comparison:
             diagnostics=dict(diagnostics or {}),
             provenance=provenance(self.model.base_fingerprint(), recipe),
         )
+
+    def _utility_names(self) -> list[str]:
+        """Names of the utility adapters: those of the data sets where there is one for each."""
+        adapters, data = self.model.utility_adapters, self.datamodule.utility
+        if len(data) == len(adapters):
+            return [name.upper() for name in data]
+        # The folder's name; the one above it where that says no more than "adapter".
+        paths = [adapter.path or Path(f"utility-{i}") for i, adapter in enumerate(adapters, 1)]
+        names = [path.parent.name if path.name == "adapter" else path.name for path in paths]
+        if len({*names, "base", "A7"}) < len(names) + 2:
+            return [f"utility {number}" for number in range(1, len(names) + 1)]
+        return names
 
     def _batch(self) -> Mapping[str, Any]:
         """Two calibration rows of each kind: enough tokens to tell two models apart."""

@@ -8,16 +8,17 @@ from lightning.pytorch import Trainer
 import sst_lightning
 from sst_lightning.algebra.core import Cores
 from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
-from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.metrics.scores import ModelScores, scoring_fingerprint
 from sst_lightning.modules.merge import MergeModule
 
 
 class Evaluator:
     """Evaluates cores with ``trainer.test`` and keeps the per-example scores in a cache folder.
 
-    The key is a hash of base model, weights, precision, answer length and rows: a repeated or
-    interrupted run evaluates only what is missing. Tasks are cached separately, so that a model
-    measured in one setting is not measured again on the same rows in the next.
+    The key is a hash of base model, weights, precision, answer length, rows and the code of the
+    metrics: a repeated or interrupted run evaluates only what is missing. Tasks are cached
+    separately, so that a model measured in one setting is not measured again on the same rows in
+    the next.
 
     Args:
         trainer: runs the test pass.
@@ -68,6 +69,10 @@ class Evaluator:
             str(self.model.max_new_tokens),
             task.fingerprint(),
             task.name,
+            # What else changes a score: truncation, a pass cut short, the scoring itself.
+            str(self.datamodule.safety.max_length),
+            str(self.trainer.limit_test_batches),
+            scoring_fingerprint(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
 from sst_lightning.algebra.core import Cores, CoreSpace, add
-from sst_lightning.algebra.errors import AdapterError, SSTMergeError
+from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.modules.backbone import (
     Attention,
     Dtype,
@@ -16,6 +16,7 @@ from sst_lightning.modules.backbone import (
     backbone_fingerprint,
     identity,
 )
+from sst_lightning.modules.base_check import check_base_name, check_shapes
 from sst_lightning.modules.core_hooks import CoreInjector
 from sst_lightning.modules.evaluation import EvaluationModule
 
@@ -65,7 +66,7 @@ class MergeModule(EvaluationModule):
         self.safety_adapter = LoraAdapter.load(Path(safety))
         check_compatible(self.adapters)
         for adapter in self.adapters:
-            _check_base(adapter, base)
+            check_base_name(adapter, base)
         self.space = CoreSpace.from_adapters(self.adapters)
         cores = [self.space.encode(adapter) for adapter in self.utility_adapters]
         self.utility_core = add(list(zip(weights, cores, strict=True)))
@@ -88,6 +89,8 @@ class MergeModule(EvaluationModule):
         super().configure_model()
         if self._injector is None:
             assert self.model is not None
+            for adapter in self.adapters:
+                check_shapes(adapter, self.model)
             self._injector = CoreInjector(self.model, self.space)
             self.move_to_point("utility")
 
@@ -139,19 +142,3 @@ class MergeModule(EvaluationModule):
             "adapter_fingerprints": [adapter.fingerprint for adapter in self.adapters],
             "point": self.point_label(point),
         }
-
-
-def _check_base(adapter: LoraAdapter, base: str) -> None:
-    """Refuse an adapter that names another base model.
-
-    A local folder may hold any model under any name, so names are compared only when both sides
-    are hub ids; shapes are compared when the base is loaded.
-    """
-    named = adapter.base_model
-    if not named or Path(named).exists() or Path(base).exists():
-        return
-    if identity(named) != identity(base):
-        raise AdapterError(
-            f"{adapter.path}: base_model_name_or_path is '{named}', but model.base is '{base}'. "
-            "Merge adapters only on the base they were trained on"
-        )

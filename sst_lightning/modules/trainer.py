@@ -1,5 +1,7 @@
 """The Trainer with the two entry points Lightning does not have: ``merge`` and ``compare``."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class SSTTrainer(Trainer):
         Returns:
             The records of ``results.json`` (empty without evaluation).
         """
+        _check_numbers([alpha], rank)
         refuse_overwrite(output, overwrite)
         comparison = Comparison(self, model, datamodule, Path(output), fisher=fisher)
         comparison.add(method, alpha, Path(output) / "adapter", rank)
@@ -87,6 +90,8 @@ class SSTTrainer(Trainer):
             The records of ``results.json``.
         """
         grids = _grids(methods or [SST(), TaskArithmetic()], alphas)
+        for _, grid in grids:
+            _check_numbers(grid, rank)
         refuse_overwrite(output, overwrite)
         comparison = Comparison(
             self, model, datamodule, Path(output), fisher=fisher, cache=cache, setting=setting
@@ -116,3 +121,18 @@ def _grids(
             f"compare: alphas names {', '.join(alphas)}, but the methods are {', '.join(labels)}"
         )
     return [(method, alphas[method.label()]) for method in methods]
+
+
+def _check_numbers(alphas: Sequence[float], rank: int | None) -> None:
+    """Refuse weights and ranks that no merge can have, before any work.
+
+    Raises:
+        SSTMergeError: an α is not a positive number or appears twice, or the rank is below 1.
+    """
+    for alpha in alphas:
+        if not 0 < alpha < math.inf:
+            raise SSTMergeError(f"alpha must be a positive number, got {alpha}")
+    if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
+        raise SSTMergeError(f"alphas holds a value twice: {', '.join(map(str, alphas))}")
+    if rank is not None and rank < 1:
+        raise SSTMergeError(f"rank must be at least 1, got {rank}")
