@@ -225,10 +225,9 @@ class FisherCollector(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the model without hooks and gradients off."""
-        if self._current is not None:
-            torch.set_grad_enabled(False)
-            self._current = None
+        """Leave the model without hooks."""
+        # The loop's own no_grad context has given gradients back their setting by now.
+        self._current = None
         self._remove_hooks()
 
     def _receive(self, name: str, inputs: Tensor, gradients: Tensor) -> None:

@@ -269,6 +269,15 @@ class TextDataModule(LightningDataModule, ABC):
         }
         return Batch(**moved)  # type: ignore[typeddict-item]
 
+    @property
+    def validation_names(self) -> list[str]:
+        """Name of each validation dataloader, for `callbacks.FisherCollector`."""
+        return ["calibration"]
+
+    def validation_fingerprint(self, name: str) -> str:
+        """Return `fingerprint` of the rows behind a validation dataloader."""
+        return self.fingerprint(name)
+
     def fingerprint(self, split: str) -> str:
         """Return the sha256 hex digest of a split's ids, prompts and responses."""
         return fingerprint_rows(self.rows[split])

@@ -1,0 +1,358 @@
+"""The merge step end to end on the nano Llama, against plain PEFT and dense weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from callbacks import FisherCollector
+from sst_lightning import SST, TaskArithmetic
+from sst_lightning.algebra.adapter import LoraAdapter
+from sst_lightning.algebra.errors import FisherError, SSTMergeError
+from sst_lightning.modules import comparison as comparison_file
+from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
+from sst_lightning.modules.backbone import load_backbone
+from sst_lightning.modules.comparison import Comparison
+from sst_lightning.modules.evaluator import Evaluator
+from sst_lightning.modules.merging import Merger
+from sst_lightning.modules.verification import VerificationError, verify_saved
+from sst_lightning.report.records import read_records
+from tests.adapters import random_adapter
+from tests.nano import nano_model, random_batch
+from tests.small_merge import quiet_trainer, save_inputs, small_data, small_module
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return save_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def merged(inputs, tmp_path_factory):
+    """One merge with SST's defaults and its records."""
+    output = tmp_path_factory.mktemp("merged") / "out"
+    trainer, module = quiet_trainer(), small_module(inputs)
+    records = trainer.merge(module, small_data(inputs.base), alpha=0.5, output=str(output))
+    return output, records
+
+
+def deltas(folder):
+    """Dense ΔW of a folder, read without the project's own reader."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    result = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            b = tensors[f"{name}.lora_B.weight"].double()
+            delta = config["lora_alpha"] / config["r"] * b @ tensors[key].double()
+            result[name.removeprefix("base_model.model.")] = delta
+    return result
+
+
+def dense_logits(base, parts, batch):
+    """Logits of the base with Σ w ΔW added to its weights."""
+    model = load_backbone(base, "float32")
+    for weight, delta in parts:
+        for name, value in delta.items():
+            model.get_submodule(name).weight.data += weight * value.float()
+    with torch.no_grad():
+        return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def test_task_arithmetic_reloaded_by_plain_peft_is_base_plus_the_sum_of_deltas(inputs, tmp_path):
+    module = small_module(inputs, both=True, utility_weights=[0.5, 2.0])
+    data = small_data(inputs.base, utility=2)
+    quiet_trainer().merge(
+        module, data, TaskArithmetic(), alpha=0.7, output=str(tmp_path / "out"), evaluate=False
+    )
+    batch = random_batch([(6, 5), (3, 9)])
+    parts = [(0.5, inputs.utility), (2.0, inputs.second), (0.7, inputs.safety)]
+    expected = dense_logits(inputs.base, [(w, deltas(folder)) for w, folder in parts], batch)
+    peft = PeftModel.from_pretrained(
+        load_backbone(inputs.base, "float32"), tmp_path / "out/adapter"
+    )
+    with torch.no_grad():
+        actual = peft(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_saved_adapter_of_sst_is_the_recipes_merge_of_rank_at_most_the_sum(inputs, merged):
+    output, _ = merged
+    recipe = json.loads((output / "adapter" / "merge.json").read_text())
+    assert recipe["discarded_energy"] == 0
+    assert recipe["parameters"]["alpha"] == 0.5
+    assert recipe["verification"]["logits_rms_difference"] < 1e-4
+    assert recipe["verification"]["closest_input_difference"] > 1e-3
+    utility, safety, merge = (
+        deltas(folder) for folder in (inputs.utility, inputs.safety, output / "adapter")
+    )
+    for name, delta in merge.items():
+        assert torch.linalg.matrix_rank(delta, rtol=1e-5) <= 6
+        filtered = (delta - utility[name]) / 0.5
+        assert 0.01 < filtered.norm() / safety[name].norm() < 1.2
+
+
+def test_records_name_base_inputs_and_merge(merged):
+    output, records = merged
+    assert [record["method"] for record in records] == ["base", "adapter", "adapter", "sst_soft"]
+    assert records == read_records(output / "results.json")
+    last = records[-1]
+    assert {"utility_nll", "attack_refusal_rate", "over_refusal_rate"} <= set(last["metrics"])
+    assert last["diagnostics"]["kept_energy"].keys() == deltas(output / "adapter").keys()
+    assert last["provenance"]["adapter_sha256"] == LoraAdapter.load(output / "adapter").fingerprint
+    assert (output / "report.md").exists()
+
+
+def test_rank_truncation_reports_the_discarded_energy(inputs, tmp_path):
+    trainer = quiet_trainer()
+    out = tmp_path / "out"
+    trainer.merge(
+        small_module(inputs), small_data(inputs.base), TaskArithmetic(), 1.0, str(out), 3,
+        evaluate=False,
+    )  # fmt: skip
+    recipe = json.loads((out / "adapter" / "merge.json").read_text())
+    lost = total = 0.0
+    utility, safety = deltas(inputs.utility), deltas(inputs.safety)
+    for name, delta in deltas(out / "adapter").items():
+        u, s, vt = torch.linalg.svd(utility[name] + safety[name])
+        torch.testing.assert_close(
+            delta, (u[:, :3] * s[:3]) @ vt[:3], rtol=1e-4, atol=1e-5, check_dtype=False
+        )
+        lost += float(s[3:].square().sum())
+        total += float(s.square().sum())
+    assert recipe["discarded_energy"] == pytest.approx(lost / total, rel=1e-4)
+    assert recipe["verification"]["logits_rms_difference"] < 1e-4
+
+
+class CountingMerger(Merger):
+    """Notes each validation pass."""
+
+    passes: list
+
+    def _collect(self, estimator, points):
+        self.passes.append(dict(points))
+        return super()._collect(estimator, points)
+
+
+def filtered(inputs, method, **options):
+    module, data = small_module(inputs), small_data(inputs.base)
+    merger = CountingMerger(quiet_trainer(), module, data, **options)
+    merger.passes = []
+    module.configure_model()
+    return *merger.filtered(method), merger
+
+
+def test_iterations_take_the_utility_fishers_again_at_the_merge(inputs):
+    first = {"utility": "utility", "harmless": "utility", "safety": "safety"}
+    again = {"utility": "merge", "harmless": "merge"}
+    results = []
+    for iterations in (0, 1, 2):
+        cores, problem, merger = filtered(inputs, SST(iterations=iterations, iteration_alpha=2.0))
+        assert merger.passes == [first, *[again] * iterations]
+        results.append((cores, problem))
+    name = next(iter(results[0][0]))
+    assert not torch.allclose(results[0][0][name], results[1][0][name], rtol=1e-3)
+    # The last problem holds the Fisher the last filter used.
+    cores, problem = results[2]
+    torch.testing.assert_close(SST().filter(problem)[name], cores[name])
+
+
+def test_the_second_iteration_starts_from_the_first_ones_merge(inputs):
+    cores, _, merger = filtered(inputs, SST(iterations=1, iteration_alpha=2.0))
+    point = merger.model.merge_core
+    plain = filtered(inputs, SST(iterations=0))[0]
+    for name, core in merger.model.utility_core.items():
+        torch.testing.assert_close(point[name], core + 2.0 * plain[name])
+    assert cores.keys() == point.keys()
+
+
+def test_fisher_files_of_validate_give_the_merge_of_collecting(inputs, tmp_path):
+    trainer = quiet_trainer(callbacks=[FisherCollector(output=str(tmp_path))])
+    trainer.validate(small_module(inputs), datamodule=small_data(inputs.base), verbose=False)
+    method = SST(iterations=0)
+    collected, _, first = filtered(inputs, method)
+    loaded, _, second = filtered(inputs, method, fisher=tmp_path)
+    second.check_fishers()
+    assert (len(first.passes), len(second.passes)) == (1, 0)
+    for name, core in collected.items():
+        torch.testing.assert_close(loaded[name], core)
+
+    other = small_module(inputs, both=True)
+    for module in (other, small_module(inputs, utility_weights=[0.5])):
+        module.configure_model()
+        merger = Merger(quiet_trainer(), module, small_data(inputs.base), tmp_path)
+        with pytest.raises(FisherError, match=r"utility\.safetensors: .* another merge"):
+            merger.check_fishers()
+    with pytest.raises(FisherError, match=r"estimator 'exact', but the method uses 'kfac'"):
+        filtered(inputs, SST(estimator="kfac"), fisher=tmp_path)
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "diagonal"])
+def test_other_estimators_run_through_the_merge_step(inputs, estimator):
+    cores, problem, _ = filtered(inputs, SST(estimator=estimator, iterations=1))
+    assert all(torch.isfinite(core).all() for core in cores.values())
+    assert problem.fisher_safety is not None
+
+
+def test_evaluations_are_not_repeated(inputs, tmp_path, monkeypatch):
+    trainer, module, data = quiet_trainer(), small_module(inputs), small_data(inputs.base)
+    calls = []
+    test = trainer.test
+    monkeypatch.setattr(trainer, "test", lambda *a, **k: calls.append(1) or test(*a, **k))
+    arguments = {"methods": [TaskArithmetic()], "cache": str(tmp_path / "cache")}
+    records = [
+        trainer.compare(module, data, alphas=alphas, output=str(tmp_path / name), **arguments)
+        for name, alphas in (("one", [0.5]), ("two", [0.5]), ("three", [0.5, 1.0]))
+        if not calls.append(name)
+    ]
+    # base, A6, A7 and one merge; then nothing; then the new α.
+    assert calls == ["one", 1, 1, 1, 1, "two", "three", 1]
+    assert [r["metrics"] for r in records[0]] == [r["metrics"] for r in records[1]]
+
+
+def test_evaluation_keys_tell_apart_what_changes_scores(inputs, tmp_path):
+    module, data = small_module(inputs), small_data(inputs.base)
+    module.configure_model()
+    data.setup()
+    task = data.evaluation_tasks[0]
+
+    def key(trainer=None, weights="base"):
+        return Evaluator(trainer or quiet_trainer(), module, data, tmp_path)._key(task, weights)
+
+    keys = [key(), key(weights="other"), key(quiet_trainer(limit_test_batches=1))]
+    data.safety.max_length = 100
+    keys.append(key())
+    module.max_new_tokens = 5
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_full_run_does_not_reuse_scores_of_a_shortened_one(inputs, tmp_path):
+    cache = str(tmp_path / "cache")
+    counts = []
+    for name, options in (("short", {"fast_dev_run": True}), ("full", {})):
+        records = quiet_trainer(**options).compare(
+            small_module(inputs), small_data(inputs.base, batch_size=2), [TaskArithmetic()], [1.0],
+            str(tmp_path / name), cache=cache,
+        )  # fmt: skip
+        counts.append(records[0]["metrics"]["utility_nll"]["n"])
+    assert counts == [2, 5]
+
+
+def compared(inputs, output):
+    module, data = small_module(inputs), small_data(inputs.base)
+    comparison = Comparison(quiet_trainer(), module, data, output)
+    merge = comparison.add(TaskArithmetic(), 1.0, output / "adapter")
+    return comparison, module, merge
+
+
+def test_verification_detects_a_tampered_file(inputs, tmp_path):
+    comparison, module, merge = compared(inputs, tmp_path)
+    path = merge.folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = sorted(tensors)[1]
+    tensors[key] = tensors[key] * 1.2
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="differ by"):
+        verify_saved(module, merge.folder, merge.cores, comparison._batch())
+
+
+def test_verification_detects_a_merge_that_equals_an_input(inputs, tmp_path):
+    comparison, module, merge = compared(inputs, tmp_path)
+    with pytest.raises(VerificationError, match=r"same logits as adapter .*utility"):
+        verify_saved(module, merge.folder, module.utility_core, comparison._batch())
+
+
+def test_verification_detects_that_nothing_was_added_to_several_utility_adapters(inputs, tmp_path):
+    module, data = small_module(inputs, both=True), small_data(inputs.base)
+    comparison = Comparison(quiet_trainer(), module, data, tmp_path)
+    merge = comparison.add(TaskArithmetic(), 1.0, tmp_path / "adapter")
+    with pytest.raises(VerificationError, match="the merge of the utility adapters"):
+        verify_saved(module, merge.folder, module.utility_core, comparison._batch())
+
+
+def test_an_adapter_that_fails_verification_is_removed(inputs, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise VerificationError("no")
+
+    monkeypatch.setattr(comparison_file, "verify_saved", fail)
+    with pytest.raises(VerificationError):
+        compared(inputs, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_the_bare_base_after_verification(inputs, tmp_path):
+    _, module, _ = compared(inputs, tmp_path)
+    module.use_cores(None)
+    batch = random_batch([(5, 5)])
+    with torch.no_grad():
+        logits = module.model(batch["input_ids"]).logits
+        expected = load_backbone(inputs.base, "float32")(batch["input_ids"]).logits
+    torch.testing.assert_close(logits, expected)
+    assert not [name for name, _ in module.model.named_modules() if "lora" in name]
+
+
+def test_adapter_evaluation_gives_the_scores_of_the_merge_module(inputs, merged, tmp_path):
+    """The same adapter through PEFT and through core space."""
+    output, records = merged
+    module = AdapterEvaluation(
+        inputs.base, str(output / "adapter"), str(tmp_path / "out"),
+        dtype="float32", max_new_tokens=4,
+    )  # fmt: skip
+    quiet_trainer().test(module, datamodule=small_data(inputs.base), verbose=False)
+    (record,) = read_records(tmp_path / "out" / "results.json")
+    expected = records[-1]
+    assert record["generations"] == expected["generations"]
+    for name, entry in record["metrics"].items():
+        for key, value in entry.items():
+            assert expected["metrics"][name][key] == pytest.approx(value, rel=1e-4), name
+
+
+def test_adapter_evaluation_without_an_adapter_is_the_base(inputs, merged):
+    _, records = merged
+    module = AdapterEvaluation(inputs.base, dtype="float32", max_new_tokens=4)
+    trainer = quiet_trainer()
+    trainer.test(module, datamodule=small_data(inputs.base), verbose=False)
+    value = records[0]["metrics"]["attack_refusal_nll"]["value"]
+    assert float(trainer.callback_metrics["attack/nll"]) == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_alpha_must_be_positive(inputs, tmp_path, alpha):
+    with pytest.raises(SSTMergeError, match="alpha must be a positive number"):
+        quiet_trainer().merge(
+            small_module(inputs), small_data(inputs.base), alpha=alpha, output=str(tmp_path / "out")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_repeated_alphas_and_methods_are_refused(inputs, tmp_path):
+    module, data = small_module(inputs), small_data(inputs.base)
+    for options in ({"alphas": [1.0, 1.0]}, {"methods": [SST(mu=1.0), SST(mu=2.0)]}):
+        with pytest.raises(SSTMergeError, match=r"twice|different labels"):
+            quiet_trainer().compare(module, data, output=str(tmp_path / "out"), **options)
+
+
+def test_an_adapter_of_another_width_is_refused_when_the_base_is_loaded(inputs, tmp_path):
+    other = nano_model(hidden_size=16, intermediate_size=24)
+    for name in ("utility", "safety"):
+        random_adapter(other, seed=len(name), base_model=None).save(tmp_path / name)
+    module = small_module(inputs.__class__(inputs.base, *[str(tmp_path / "utility")] * 2,
+                                           str(tmp_path / "safety")))  # fmt: skip
+    with pytest.raises(SSTMergeError, match=r"utility: ΔW of module .* \(16, 24\).*\(32, 48\)"):
+        module.configure_model()
+
+
+def test_names_of_utility_adapters_without_a_data_set_each(inputs, tmp_path):
+    records = quiet_trainer().merge(
+        small_module(inputs, both=True), small_data(inputs.base), TaskArithmetic(), 1.0,
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    names = [record["model"] for record in records]
+    assert names[:5] == ["base", "utility", "second", "utility+second", "A7"]
+    assert len(set(names)) == len(names)
