@@ -196,7 +196,6 @@ class SafetyUtilityData(LightningDataModule):
         harmless = self.safety.rows["harmless_test"][: self.harmless_samples]
         add("attack", "attack", "nll", _complete(attacks))
         add("attack", "attack", "generation", attacks)
-        add("harmless", "harmless", "nll", _complete(harmless))
         add("harmless", "harmless", "generation", harmless)
         return tasks
 

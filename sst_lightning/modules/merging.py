@@ -156,3 +156,5 @@ class Merger:
                     identity["adapter_fingerprints"],
                     point=self.model.point_label(point),
                 )
+                # The file has the axes of the space it was collected in.
+                statistics[name] = value.to_space(self.model.space)
