@@ -86,17 +86,17 @@ def log_figures(records: Sequence[Record], folder: Path) -> None:
 def headline(record: Record) -> str:
     """One sentence on a comparison at equal safety, whatever it says."""
     metrics = record["metrics"]
-    ratio = metrics.get("cost_ratio_at_equal_refusal_nll", {})
-    over = metrics.get("over_refusal_difference_at_equal_refusal_nll", {})
+    ratio = metrics.get("cost_ratio_at_equal_refusal", {})
+    over = metrics.get("over_refusal_difference_at_equal_refusal", {})
     method, against = (record["parameters"][key] for key in ("method", "against"))
     if ratio.get("value") is None or over.get("value") is None:
-        return f"**{record['setting']}**: {method} and {against} reach no common safety level."
+        entry = ratio if ratio.get("value") is None else over
+        return f"**{record['setting']}**: {method} against {against}: {entry.get('note')}."
     return (
-        f"**{record['setting']}**: at equal safety, {method} costs "
+        f"**{record['setting']}**: at equal refusal of attacks, {method} costs "
         f"**{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to {100 * ratio['high']:.0f} %) "
-        f"of the utility that {against} costs, and its over-refusal rate is "
-        f"{100 * over['value']:+.1f} points ({100 * over['low']:+.1f} to {100 * over['high']:+.1f}) "
-        "away from it."
+        f"of the utility (NLL) that {against} costs; over-refusal differs by "
+        f"{100 * over['value']:+.0f} points ({100 * over['low']:+.0f} to {100 * over['high']:+.0f})."
     )
 
 
@@ -116,9 +116,9 @@ def _markdown(records: Sequence[Record], title: str, figures: Sequence[str]) -> 
     if comparisons:
         parts.append("\n".join(f"- {headline(record)}" for record in comparisons) + "\n")
         parts.append(
-            "Safety levels are compared by the NLL of held-out refusals (a smooth axis); the "
-            "comparison by refusal rate is in the table of comparisons. All intervals are 95 %: "
-            "Wilson for rates, bootstrap over examples (paired between models) otherwise.\n"
+            "Costs are means over all refusal rates that both methods reach, interpolated between "
+            "the values of α. All intervals are 95 %: Wilson for rates, bootstrap over examples "
+            "(paired between models) otherwise.\n"
         )
     for setting in settings_of(records):
         parts.append(f"## {setting}\n")
