@@ -93,7 +93,17 @@ class FisherCollector(Callback):
         self._current: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check preconditions before any work.
+        """Check preconditions before any work (see :meth:`check`)."""
+        self.check(trainer, pl_module, getattr(trainer, "datamodule", None), stage)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule, data: Any, stage: str) -> None:
+        """Check preconditions; the command line does so before Lightning opens any log.
+
+        Args:
+            trainer: will run ``stage``.
+            pl_module: the module.
+            data: the datamodule.
+            stage: ``validate`` or ``fit``; others are not collected in.
 
         Raises:
             MisconfigurationException: inference mode is on, or the module or datamodule lacks
@@ -112,7 +122,7 @@ class FisherCollector(Callback):
                 f"{type(pl_module).__name__} cannot be used with FisherCollector: it has no "
                 "core_space(), move_to_point() and fisher_metadata(); use MergeModule or SupervisedLoRA"
             )
-        names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
+        names = getattr(data, "validation_names", None)
         if not names:
             raise MisconfigurationException(
                 "FisherCollector needs a datamodule with validation_names (one per validation "

@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
 from sst_lightning.algebra.files import refuse_overwrite
 from sst_lightning.cli.shipped_configs import shipped_configs, shipped_folder
@@ -84,4 +85,14 @@ def configs(copy_to: str | None = None) -> None:
 def run(command: str, arguments: Sequence[str]) -> None:
     """Parse ``arguments`` with the signature of ``command`` and call it."""
     function = {"demo": demo, "study": study, "report": report, "configs": configs}[command]
-    auto_cli(function, args=list(arguments), prog=f"sst-merge {command}", as_positional=False)
+    # Not auto_cli: its own option --config would take the study's.
+    summary = str(function.__doc__).partition("\n")[0]
+    parser = ArgumentParser(prog=f"sst-merge {command}", description=summary)
+    lists = {"results"} & set(signature(function).parameters)
+    parser.add_function_arguments(function, as_group=False, skip=lists)
+    for name in lists:
+        # A list from a signature must be written as [a,b]; here --results a b works as well.
+        parser.add_argument(
+            f"--{name}", nargs="+", type=str, required=True, help=f"one or more {name}.json files"
+        )
+    function(**parser.parse_args(list(arguments)).as_dict())

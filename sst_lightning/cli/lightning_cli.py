@@ -9,8 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from callbacks import AdapterExport, FisherCollector
 from sst_lightning.cli.config_record import ConfigRecord
 from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.trainer import SSTTrainer
 
@@ -30,6 +32,35 @@ class SSTCommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data is tokenised for the base model that the module loads."""
         parser.link_arguments("model.init_args.base", "data.init_args.tokenizer")
+
+    def before_fit(self) -> None:
+        """Check what can be checked before Lightning writes anything."""
+        self._check("fit")
+
+    def before_validate(self) -> None:
+        """Check what can be checked before Lightning writes anything."""
+        self._check("validate")
+
+    def before_test(self) -> None:
+        """Check what can be checked before Lightning writes anything."""
+        self._check("test")
+
+    def _check(self, stage: str) -> None:
+        """Find the base, read the data and look at the callbacks' outputs.
+
+        Trainer entry points open the loggers first, which creates files.
+
+        Raises:
+            SSTMergeError: the base or the data cannot be used, or an output exists.
+        """
+        resolve(self.model.base)
+        self.datamodule.prepare_data()
+        self.datamodule.setup(stage)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FisherCollector):
+                callback.check(self.trainer, self.model, self.datamodule, stage)
+            elif isinstance(callback, AdapterExport):
+                callback.setup(self.trainer, self.model, stage)
 
     def _parse_ckpt_path(self) -> None:
         """Let the YAML and the command line win over hyperparameters stored in a checkpoint."""

@@ -14,6 +14,9 @@ also available (each has its own --help):
     configs             list the YAML files that come with the program, or copy them
 """
 
+# Options that mean true when they stand alone; jsonargparse wants a value for every bool.
+SWITCHES = ("--fresh", "--overwrite", "--evaluate")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors the user can act on are printed without a traceback.
@@ -24,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 2 when the input was wrong.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = complete_switches(sys.argv[1:] if arguments is None else arguments)
     # Set before transformers is imported: fork-after-tokenizers warnings and hub progress bars
     # would run through the Trainer's own bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sst-merge: error: {cause}", file=sys.stderr)
         return 2
     return 0
+
+
+def complete_switches(arguments: Sequence[str]) -> list[str]:
+    """Write ``--overwrite`` without a value (also ``--model.overwrite``) as ``--overwrite=true``."""
+    result = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name = "--" + argument.rpartition(".")[2].removeprefix("--")
+        alone = argument.startswith("--") and name in SWITCHES and following.startswith("-")
+        result.append(f"{argument}=true" if alone else argument)
+    return result
 
 
 def _dispatch(arguments: list[str]) -> None:

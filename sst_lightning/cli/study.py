@@ -1,17 +1,19 @@
 """Studies: a YAML recipe of fit and compare stages, run one after the other into one report."""
 
 import gc
-import hashlib
 import json
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
+import sst_lightning
 from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import write_text
 from sst_lightning.cli.lightning_cli import run_lightning
@@ -20,6 +22,7 @@ from sst_lightning.report.records import read_records, write_records
 from sst_lightning.report.report import log_figures, write_report
 
 MARKER = "study.json"
+RESERVED = ("figures", "tensorboard", "evaluations", "report")
 COMMANDS = ("fit", "validate", "merge", "test", "compare")
 
 
@@ -48,11 +51,21 @@ class Stage:
         return [self.command, "--config", self.config, *values]
 
     def fingerprint(self, earlier: str) -> str:
-        """Hash of what the stage would do; ``earlier`` is the hash of the stages before it."""
+        """Hash of what the stage would do; ``earlier`` is the hash of the stages before it.
+
+        The program's version and the content of files that an argument names are part of it.
+        """
         content = Path(find_config(self.config)).read_text(encoding="utf-8")
-        return hashlib.sha256(
-            json.dumps([self.command_line(), content, earlier]).encode()
+        return sha256(
+            json.dumps(
+                [sst_lightning.__version__, self.command_line(), content, self._files(), earlier]
+            ).encode()
         ).hexdigest()
+
+    def _files(self) -> list[str]:
+        """Hashes of the data files among the arguments: other rows are another stage."""
+        paths = [Path(value) for value in self.arguments.values() if isinstance(value, str)]
+        return [sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
 
 
 def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path, str, list[Stage]]:
@@ -73,7 +86,10 @@ def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path,
         SSTMergeError: names the file and the key that is missing or unknown.
     """
     path = find_config(config)
-    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SSTMergeError(f"{path}: cannot be read as YAML ({error})") from error
     if not isinstance(recipe, dict):
         raise SSTMergeError(
             f"{path}: not a study; it needs the keys title, output, seed and stages"
@@ -88,11 +104,10 @@ def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path,
     seed = recipe["seed"] if seed is None else seed
     defaults = recipe.get("defaults") or {}
     stages = []
+    if not isinstance(recipe["stages"], dict) or not recipe["stages"]:
+        raise SSTMergeError(f"{path}: 'stages' is not a mapping of names to stages")
     for name, entry in recipe["stages"].items():
-        if entry.get("command") not in COMMANDS or "config" not in entry:
-            raise SSTMergeError(
-                f"{path}: stage '{name}' needs 'config' and a 'command' out of {', '.join(COMMANDS)}"
-            )
+        _check_stage(path, str(name), entry)
         arguments = {**defaults.get(entry["command"], {}), **(entry.get("arguments") or {})}
         arguments.setdefault("seed_everything", seed)
         values = {"{output}": str(folder), "{seed}": str(seed), "{stage}": name}
@@ -113,6 +128,8 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
         SSTMergeError: ``fresh`` on a folder that is not a study's.
     """
     console = Console()
+    if folder.exists() and not folder.is_dir():
+        raise SSTMergeError(f"{folder} is a file: choose another --output")
     if fresh and folder.exists():
         if not (folder / MARKER).exists():
             raise SSTMergeError(
@@ -154,6 +171,22 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
     log_figures(records, folder / "tensorboard" / "report")
     console.print(f"{time.monotonic() - started:.0f} s. Report: {report}")
     return report
+
+
+def _check_stage(path: str, name: str, entry: Any) -> None:
+    # A stage that starts over deletes its folder: <output>/<name> must be that and nothing else.
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name) or name in RESERVED:
+        raise SSTMergeError(
+            f"{path}: stage name '{name}' is not usable as a folder name (letters, digits, + - _ .; "
+            f"not {', '.join(RESERVED)})"
+        )
+    if not isinstance(entry, dict) or entry.get("command") not in COMMANDS or "config" not in entry:
+        raise SSTMergeError(
+            f"{path}: stage '{name}' needs 'config' and a 'command' out of {', '.join(COMMANDS)}"
+        )
+    unknown = set(entry) - {"command", "config", "arguments"}
+    if unknown:
+        raise SSTMergeError(f"{path}: stage '{name}' has an unknown key '{sorted(unknown)[0]}'")
 
 
 def _fill(value: Any, values: dict[str, str]) -> Any:
