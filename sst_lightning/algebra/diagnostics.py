@@ -62,7 +62,8 @@ def spectrum(
         fit = [half(fisher, 0).normalised() for fisher in (fisher_safety, fisher_utility)]
         test = [half(fisher, 1).normalised() for fisher in (fisher_safety, fisher_utility)]
         eigen = solve(fit[0], fit[1], damping)
-        count = min(SPECTRUM_DIRECTIONS, len(eigen.values))
+        # Beyond the rank of the safety half λ is 0 and the direction arbitrary.
+        count = min(SPECTRUM_DIRECTIONS, len(eigen.values), fit[0].count)
         values = held_out_values(eigen.vectors[:, :count], test[0], test[1], damping)
         in_sample.append(np.asarray(eigen.values[:count], dtype=np.float64))
         held_out.append(np.asarray(values, dtype=np.float64))
