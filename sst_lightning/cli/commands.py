@@ -1,7 +1,7 @@
 """The subcommands that need no model on the command line: demo, study, report, configs."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -84,11 +84,17 @@ def configs(copy_to: str | None = None) -> None:
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Parse ``arguments`` with the signature of ``command`` and call it."""
-    function = {"demo": demo, "study": study, "report": report, "configs": configs}[command]
+    functions: dict[str, Callable[..., None]] = {
+        "demo": demo,
+        "study": study,
+        "report": report,
+        "configs": configs,
+    }
+    function = functions[command]
     # Not auto_cli: its own option --config would take the study's.
     summary = str(function.__doc__).partition("\n")[0]
     parser = ArgumentParser(prog=f"sst-merge {command}", description=summary)
-    lists = {"results"} & set(signature(function).parameters)
+    lists: set[str | int] = {"results"} & set(signature(function).parameters)
     parser.add_function_arguments(function, as_group=False, skip=lists)
     for name in lists:
         # A list from a signature must be written as [a,b]; here --results a b works as well.

@@ -59,7 +59,8 @@ class EvaluationModule(CausalLMModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch of one task: completion NLL, or greedy answers."""
         task: EvaluationTask = self.trainer.datamodule.evaluation_tasks[dataloader_idx]  # type: ignore[attr-defined]
-        metrics = self.metrics[task.name]
+        # A ModuleDict does not know the types of its modules.
+        metrics: dict[str, Any] = dict(self.metrics[task.name].items())
         rows = batch["rows"]
         ids = [row.id for row in rows]
         if task.measure == "nll":
