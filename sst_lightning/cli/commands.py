@@ -94,8 +94,8 @@ def run(command: str, arguments: Sequence[str]) -> None:
     # Not auto_cli: its own option --config would take the study's.
     summary = str(function.__doc__).partition("\n")[0]
     parser = ArgumentParser(prog=f"sst-merge {command}", description=summary)
-    lists: set[str | int] = {"results"} & set(signature(function).parameters)
-    parser.add_function_arguments(function, as_group=False, skip=lists)
+    lists: list[str | int] = [n for n in ("results",) if n in signature(function).parameters]
+    parser.add_function_arguments(function, as_group=False, skip=set(lists))
     for name in lists:
         # A list from a signature must be written as [a,b]; here --results a b works as well.
         parser.add_argument(

@@ -18,7 +18,7 @@ from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import write_text
 from sst_lightning.cli.lightning_cli import run_lightning
 from sst_lightning.cli.shipped_configs import find_config
-from sst_lightning.report.records import read_records, write_records
+from sst_lightning.report.records import Record, read_records, write_records
 from sst_lightning.report.report import log_figures, write_report
 
 MARKER = "study.json"
@@ -160,17 +160,26 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
             "command": stage.command_line(),
         }
         _write_marks(folder, marks)
-    records = [
-        record
-        for stage in stages
-        if stage.command == "compare"
-        for record in read_records(folder / stage.name / "results.json")
-    ]
+    records = _all_records(folder, stages)
     write_records(records, folder / "results.json")
     report = write_report(records, folder, title)
     log_figures(records, folder / "tensorboard" / "report")
     console.print(f"{time.monotonic() - started:.0f} s. Report: {report}")
     return report
+
+
+def _all_records(folder: Path, stages: list[Stage]) -> list[Record]:
+    """Records of all comparisons; two stages of one setting are told apart by the stage's name."""
+    records: list[Record] = []
+    for stage in stages:
+        if stage.command != "compare":
+            continue
+        taken = {record["setting"] for record in records}
+        for record in read_records(folder / stage.name / "results.json"):
+            if record["setting"] in taken:
+                record["setting"] += f" ({stage.name})"
+            records.append(record)
+    return records
 
 
 def _check_stage(path: str, name: str, entry: Any) -> None:

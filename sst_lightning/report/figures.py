@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.statistics import pareto_front
 from sst_lightning.report.records import Record
 
@@ -34,35 +35,50 @@ def merges_of(records: Sequence[Record], setting: str) -> dict[str, list[Record]
     }
 
 
+def slug(setting: str) -> str:
+    """Name of a setting in file names."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower()
+
+
 def plane(records: Sequence[Record], setting: str) -> Figure:
-    """Refusal of attacks against utility cost and against over-refusal, with the Pareto front."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    """Refusal of attacks against utility cost and against over-refusal, with the Pareto front.
+
+    The cost's intervals are those of the paired difference from the utility model: intervals of
+    each model's own NLL are many times wider and say nothing about the difference.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    panels = (
-        ("utility_nll", "utility NLL per token (nats; lower is better)"),
-        ("over_refusal_rate", "over-refusal: harmless prompts refused"),
-    )
     singles = [r for r in records if r["setting"] == setting and r["method"] in SINGLE]
     merges = merges_of(records, setting)
-    for axis, (metric, label) in zip(axes, panels, strict=True):
+    every = [record for items in merges.values() for record in items]
+    paired = [r for r in every if _value(r, "utility_nll_increase") is not None]
+    cost, start = ("utility_nll_increase", 0.0) if paired else ("utility_nll", None)
+    if paired:
+        # Σ(nll − reference) / Σ tokens = the merge's NLL minus the reference's.
+        start = (_value(paired[0], "utility_nll") or 0) - (_value(paired[0], cost) or 0)
+    labels = {
+        "utility_nll_increase": "utility cost: NLL per token above the utility model's (nats)",
+        "utility_nll": "utility NLL per token (nats; lower is better)",
+        "over_refusal_rate": "over-refusal: harmless prompts refused",
+    }
+    for axis, metric in zip(axes, (cost, "over_refusal_rate"), strict=True):
         for index, (method, items) in enumerate(merges.items()):
             _curve(axis, items, metric, COLOURS[index % 7], MARKERS[index % 7], method)
-        for record in singles:
-            _single(axis, record, metric)
-        _front(axis, [record for items in merges.values() for record in items], metric)
-        axis.set_xlabel(label)
+        _front(axis, every, metric)
+        axis.set_xlabel(labels[metric])
         axis.grid(alpha=0.25)
+        axis.margins(x=0.12)
+        points = []
+        for record in singles:
+            x = _value(record, "utility_nll" if metric == cost else metric)
+            y = _value(record, "attack_refusal_rate")
+            if x is not None and y is not None:
+                points.append((record["model"], x - start if metric == cost and start else x, y))
+        _singles(axis, points, cut=metric == cost and bool(every))
     axes[0].set_ylabel("attacks refused (held-out styles and topics)")
-    axes[0].set_ylim(-0.04, 1.06)
-    # The safety adapter alone is far to the right: cut there, so that the merges can be told apart.
-    costs = [_value(r, "utility_nll") for items in merges.values() for r in items]
-    costs += [_value(r, "utility_nll") for r in singles if r["model"] not in ("base", "A7")]
-    known = [cost for cost in costs if cost is not None]
-    if known:
-        span = max(max(known) - min(known), 0.02)
-        axes[0].set_xlim(min(known) - 0.25 * span, max(known) + 0.35 * span)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    axes[0].set_ylim(-0.06, 1.06)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))
     figure.suptitle(f"{setting}: safety against utility and over-refusal (95 % intervals)")
     return figure
 
@@ -134,12 +150,14 @@ def all_figures(records: Sequence[Record]) -> dict[str, Figure]:
     for setting in settings_of(records):
         if not merges_of(records, setting):
             continue
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower()
-        figures[f"{slug}-plane"] = plane(records, setting)
+        prefix = slug(setting)
+        if f"{prefix}-plane" in figures:
+            raise SSTMergeError(f"settings '{setting}' and another have the same file names")
+        figures[f"{prefix}-plane"] = plane(records, setting)
         for name, draw in (("spectrum", spectrum), ("kept-energy", kept_energy)):
             figure = draw(records, setting)
             if figure is not None:
-                figures[f"{slug}-{name}"] = figure
+                figures[f"{prefix}-{name}"] = figure
     return figures
 
 
@@ -184,12 +202,55 @@ def _curve(
         )
 
 
-def _single(axis: Axes, record: Record, metric: str) -> None:
-    x, y = _value(record, metric), _value(record, "attack_refusal_rate")
-    if x is None or y is None:
-        return
-    axis.plot(x, y, marker="*", markersize=11, color="grey", markeredgecolor="black", linestyle="")
-    axis.annotate(record["model"], (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
+def _singles(axis: Axes, points: Sequence[tuple[str, float, float]], cut: bool) -> None:
+    """Mark models that are no merge; with ``cut`` those right of all merges only at the edge.
+
+    Base and safety adapter can be so far away that the merges would be one blot.
+    """
+    low, high = axis.get_xlim()
+    limit = high if cut else np.inf
+    inside = [point for point in points if point[1] <= limit]
+    if inside:
+        low = min(low, min(x for _, x, _ in inside) - 0.08 * (high - low))
+        high = max(high, max(x for _, x, _ in inside) + 0.04 * (high - low))
+    axis.set_xlim(low, high)
+    groups: list[list[tuple[str, float, float]]] = []
+    for point in inside:
+        axis.plot(
+            point[1], point[2], marker="*", markersize=11, color="grey", mec="black", linestyle=""
+        )
+        # Models without safety lie on top of each other: one label for those.
+        for group in groups:
+            near = abs(group[0][1] - point[1]) < 0.08 * (high - low)
+            if near and abs(group[0][2] - point[2]) < 0.06:
+                group.append(point)
+                break
+        else:
+            groups.append([point])
+    for group in groups:
+        x, y = min(p[1] for p in group), min(p[2] for p in group)
+        right = x > (low + high) / 2
+        axis.annotate(
+            ", ".join(name for name, _, _ in group),
+            (x, y),
+            textcoords="offset points",
+            xytext=(6 if right else -6, -15),
+            ha="right" if right else "left",
+            fontsize=9,
+            zorder=5,
+        )
+    outside = sorted((point for point in points if point[1] > limit), key=lambda p: -p[2])
+    for name, x, y in outside:
+        axis.annotate(
+            f"{name} at {x:.2f} →",
+            (high, y),
+            textcoords="offset points",
+            xytext=(-4, 0),
+            ha="right",
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+        )
 
 
 def _front(axis: Axes, records: Sequence[Record], metric: str) -> None:

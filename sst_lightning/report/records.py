@@ -77,6 +77,7 @@ def check_records(records: Any, source: str) -> None:
     """
     if not isinstance(records, list | tuple):
         raise SSTMergeError(f"{source}: not a list of records")
+    seen: set[tuple[str, str]] = set()
     for number, record in enumerate(records):
         where = f"{source}: record {number}"
         if not isinstance(record, dict):
@@ -84,6 +85,10 @@ def check_records(records: Any, source: str) -> None:
         for key, kind in REQUIRED.items():
             if not isinstance(record.get(key), kind):
                 raise SSTMergeError(f"{where}: key '{key}' is missing or not a {kind.__name__}")
+        names = (record["setting"], record["model"])
+        if names in seen:
+            raise SSTMergeError(f"{where}: setting '{names[0]}' has two models '{names[1]}'")
+        seen.add(names)
         for name, entry in record["metrics"].items():
             _check_metric(entry, f"{where}: metric '{name}'")
 
@@ -91,6 +96,8 @@ def check_records(records: Any, source: str) -> None:
 def _check_metric(entry: Any, where: str) -> None:
     if not isinstance(entry, dict) or not {"value", "low", "high", "n"} <= set(entry):
         raise SSTMergeError(f"{where} needs value, low, high and n")
+    if not isinstance(entry["n"], int) or entry["n"] < 0:
+        raise SSTMergeError(f"{where}: n must be a number of examples")
     figures = [entry[key] for key in ("value", "low", "high")]
     if any(figure is None for figure in figures):
         if figures != [None] * 3 or not entry.get("note"):

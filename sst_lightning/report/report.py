@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import markdown
 from torch.utils.tensorboard import SummaryWriter
 
 from sst_lightning.algebra.files import atomic_file, write_text
-from sst_lightning.report.figures import all_figures, merges_of, settings_of
+from sst_lightning.report.figures import all_figures, merges_of, settings_of, slug
 from sst_lightning.report.records import Record
 
 COLUMNS = (
@@ -122,13 +123,8 @@ def _markdown(records: Sequence[Record], title: str, figures: Sequence[str]) -> 
         )
     for setting in settings_of(records):
         parts.append(f"## {setting}\n")
-        slug = "".join(c if c.isalnum() else "-" for c in setting.lower())
-        parts += [
-            f"![{name}](figures/{name}.png)\n"
-            for name in figures
-            if name.startswith(f"{slug}-")
-            and name.removeprefix(f"{slug}-") in ("plane", "spectrum", "kept-energy")
-        ]
+        own_figures = {f"{slug(setting)}-{kind}" for kind in ("plane", "spectrum", "kept-energy")}
+        parts += [f"![{name}](figures/{name}.png)\n" for name in figures if name in own_figures]
         own = [r for r in records if r["setting"] == setting]
         parts.append(_table([r for r in own if r["method"] != "comparison"]))
         for record in own:
@@ -147,7 +143,7 @@ def _table(records: Sequence[Record]) -> str:
     ]
     for record in records:
         cells = [format_entry(record["metrics"].get(name), digits) for name, _, digits in used]
-        lines.append(f"| {record['model']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_inline(record['model'])} | " + " | ".join(cells) + " |")
     counts = sorted({e["n"] for r in records for e in r["metrics"].values()})
     return (
         "\n".join(lines)
@@ -214,4 +210,6 @@ def _provenance(records: Sequence[Record]) -> str:
 
 
 def _inline(text: str) -> str:
-    return html.escape(" ".join(text.split())).replace("|", "&#124;") or "(empty)"
+    """Generated text as it is: neither HTML nor Markdown (an image would be fetched) in it works."""
+    escaped = html.escape(" ".join(text.split()))
+    return re.sub(r"[|*`\[\]!_~\\]", lambda m: f"&#{ord(m[0])};", escaped) or "(empty)"
