@@ -86,6 +86,7 @@ class EvaluationModule(CausalLMModule):
         """Log the mean of each metric as ``<task>/<metric>``."""
         for task in self.trainer.datamodule.evaluation_tasks:  # type: ignore[attr-defined]
             for name, metric in self.metrics[task.name].items():
+                assert isinstance(metric, PerExampleMetric)
                 if metric.update_called:
                     # compute() has gathered all processes' examples already.
                     self.log(f"{task.task}/{name}", metric.compute(), rank_zero_only=True)
