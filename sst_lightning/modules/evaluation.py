@@ -87,6 +87,7 @@ class EvaluationModule(CausalLMModule):
         for task in self.trainer.datamodule.evaluation_tasks:  # type: ignore[attr-defined]
             for name, metric in self.metrics[task.name].items():
                 assert isinstance(metric, PerExampleMetric)
+                assert isinstance(metric, PerExampleMetric)
                 if metric.update_called:
                     # compute() has gathered all processes' examples already.
                     self.log(f"{task.task}/{name}", metric.compute(), rank_zero_only=True)
