@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from sst_lightning.algebra.core import Cores
 from sst_lightning.algebra.files import write_text
@@ -18,7 +19,7 @@ from sst_lightning.metrics.scores import ModelScores
 from sst_lightning.modules.evaluator import Evaluator, hash_cores
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import Merger
-from sst_lightning.modules.verification import VerificationError, verify_saved
+from sst_lightning.modules.verification import VerificationError, input_logits, verify_saved
 from sst_lightning.report.model_card import model_card
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
@@ -77,6 +78,7 @@ class Comparison:
             trainer, model, datamodule, Path(cache) if cache else output / "evaluations"
         )
         self.merges: list[Merge] = []
+        self._input_logits: dict[str, Tensor] | None = None
         self._filtered: dict[str, tuple[Cores, MergeProblem, dict[str, Any]]] = {}
 
     def add(
@@ -120,7 +122,7 @@ class Comparison:
             adapter.save(folder, overwrite=True)
         self.trainer.strategy.barrier()
         try:
-            recipe["verification"] = verify_saved(self.model, folder, cores, self._batch())
+            recipe["verification"] = self._verify(folder, cores)
         except VerificationError:
             if self.trainer.is_global_zero:
                 shutil.rmtree(folder)
@@ -210,7 +212,14 @@ class Comparison:
             return [f"utility {number}" for number in range(1, len(names) + 1)]
         return names
 
+    def _verify(self, folder: Path, cores: Cores) -> dict[str, float]:
+        batch = self._batch()
+        if self._input_logits is None:
+            # The inputs are the same for every merge.
+            self._input_logits = input_logits(self.model, batch)
+        return verify_saved(self.model, folder, cores, batch, self._input_logits)
+
     def _batch(self) -> Mapping[str, Any]:
-        """Two calibration rows of each kind: enough tokens to tell two models apart."""
-        rows = [row for values in self.datamodule.fisher_rows().values() for row in values[:2]]
+        """One calibration row of each kind: enough tokens to tell two models apart."""
+        rows = [values[0] for values in self.datamodule.fisher_rows().values()]
         return next(iter(self.datamodule.safety.make_loader(rows, batch_size=len(rows))))

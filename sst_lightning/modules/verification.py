@@ -22,7 +22,11 @@ class VerificationError(SSTMergeError):
 
 
 def verify_saved(
-    module: MergeModule, folder: Path, cores: Cores, batch: Mapping[str, Any]
+    module: MergeModule,
+    folder: Path,
+    cores: Cores,
+    batch: Mapping[str, Any],
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Reload ``folder`` through PEFT and compare its logits with the in-memory merge and inputs.
 
@@ -31,6 +35,7 @@ def verify_saved(
         folder: saved PEFT adapter.
         cores: the merge in memory.
         batch: a few tokenised rows.
+        inputs: :func:`input_logits` on the same batch; computed when not given.
 
     Returns:
         ``logits_rms_difference`` (share of the logits' RMS) and ``closest_input_difference``.
@@ -41,12 +46,10 @@ def verify_saved(
     module.use_cores(cores)
     merged = _logits(module.model, batch)
     scale = float(merged.square().mean().sqrt())
-    distances: dict[str, float] = {}
-    for name, point in _inputs(module).items():
-        module.use_cores(point)
-        distances[name] = (
-            float((_logits(module.model, batch) - merged).square().mean().sqrt()) / scale
-        )
+    distances = {
+        name: float((logits - merged).square().mean().sqrt()) / scale
+        for name, logits in (inputs or input_logits(module, batch)).items()
+    }
     closest = min(distances, key=lambda name: distances[name])
     if distances[closest] == 0:
         raise VerificationError(
@@ -69,6 +72,15 @@ def verify_saved(
             f"from the merge in memory (at most {tolerance:g} is rounding). Please report this"
         )
     return {"logits_rms_difference": difference, "closest_input_difference": distances[closest]}
+
+
+def input_logits(module: MergeModule, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the logits, (tokens, vocabulary), of the base, each adapter and the utility merge."""
+    logits = {}
+    for name, point in _inputs(module).items():
+        module.use_cores(point)
+        logits[name] = _logits(module.model, batch)
+    return logits
 
 
 def _inputs(module: MergeModule) -> dict[str, Cores | None]:
