@@ -137,7 +137,7 @@ def training_callbacks(folder: Path) -> list[dict]:
 
 def summarise(folder: Path, output: Path) -> None:
     """Average the seeds: mean and, in brackets, smallest and largest."""
-    runs = [read_records(path) for path in sorted(folder.glob("seed-*/results.json"))]
+    runs = [read_records(path) for path in sorted(folder.glob("seed-*/*/results.json"))]
     values: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     comparisons: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in (record for run in runs for record in run):
@@ -151,7 +151,8 @@ def summarise(folder: Path, output: Path) -> None:
         for name, entry in record["metrics"].items():
             if entry["value"] is not None:
                 target[key][name].append(entry["value"])
-    lines = [f"Seeds: {len(runs)}. Mean over seeds [smallest, largest].\n"]
+    seeds = len({path.parent.parent for path in folder.glob("seed-*/*/results.json")})
+    lines = [f"Seeds: {seeds}. Mean over seeds [smallest, largest].\n"]
     for setting in dict.fromkeys(key[0] for key in values):
         own = {key: metrics for key, metrics in values.items() if key[0] == setting}
         used = [c for c in COLUMNS if any(c[0] in metrics for metrics in own.values())]
