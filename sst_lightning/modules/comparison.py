@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,10 @@ class Comparison:
         key = json.dumps([method.name, method.parameters()], sort_keys=True)
         if key not in self._filtered:
             filtered, problem = self.merger.filtered(method)
-            self._filtered[key] = filtered, problem, self.merger.diagnostics(filtered, problem)
+            diagnostics = self.merger.diagnostics(filtered, problem)
+            # Each method's mixture of Fishers is a copy, of a gigabyte at rank 16: not kept.
+            problem = replace(problem, fisher_utility=None, fisher_safety=None)
+            self._filtered[key] = filtered, problem, diagnostics
         filtered, problem, diagnostics = self._filtered[key]
         cores = method.combine(problem, filtered, alpha)
         adapter, discarded = self.model.space.decode(

@@ -356,3 +356,14 @@ def test_names_of_utility_adapters_without_a_data_set_each(inputs, tmp_path):
     names = [record["model"] for record in records]
     assert names[:5] == ["base", "utility", "second", "utility+second", "A7"]
     assert len(set(names)) == len(names)
+
+
+def test_fishers_of_finished_methods_are_not_kept(inputs, tmp_path):
+    """At rank 16 on SmolLM2 each method's mixture takes a gigabyte."""
+    comparison = Comparison(
+        quiet_trainer(), small_module(inputs), small_data(inputs.base), tmp_path
+    )
+    comparison.add(SST(iterations=0), 0.5, tmp_path / "one")
+    ((_, problem, diagnostics),) = comparison._filtered.values()
+    assert problem.fisher_utility is problem.fisher_safety is None
+    assert "spectrum" in diagnostics
