@@ -1,7 +1,7 @@
 import pytest
 import torch
-from sst_lightning.algebra.core import CoreSpace
 
+from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import AdapterError
 from sst_lightning.modules.core_hooks import (
     CoreGradientCapture,
