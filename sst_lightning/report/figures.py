@@ -15,6 +15,7 @@ from sst_lightning.report.records import Record
 # Okabe and Ito's palette: distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLLAPSED = 0.5
 SINGLE = ("base", "adapter", "utility_merge")
 
 
@@ -75,6 +76,13 @@ def plane(records: Sequence[Record], setting: str) -> Figure:
             if x is not None and y is not None:
                 points.append((record["model"], x - start if metric == cost and start else x, y))
         _singles(axis, points, cut=metric == cost and bool(every))
+    if paired and max(_value(r, cost) or 0.0 for r in paired) > COLLAPSED:
+        # A collapsed merge, whole nats away, must not make one blot of all others.
+        axes[0].set_xscale("symlog", linthresh=0.1, linscale=2)
+        ticks = [0, 0.05, 0.1, 0.5, 1, 5, 10]
+        axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes[0].minorticks_off()
+        axes[0].set_xlim(left=min(-0.02, *(_value(r, cost) or 0.0 for r in paired)))
     axes[0].set_ylabel("attacks refused (held-out styles and topics)")
     axes[0].set_ylim(-0.06, 1.06)
     handles, names = axes[0].get_legend_handles_labels()
