@@ -15,6 +15,8 @@ CONFIDENCE = 0.95
 NOT_SIGNIFICANT = "undefined (gain not significant)"
 SAFETY_FELL = "undefined (safety fell)"
 ZERO_REFERENCE = "undefined (reference is 0)"
+NO_COMMON_SAFETY = "undefined (no safety level that both methods reach)"
+FREE_REFERENCE = "undefined (cost of the reference not significant)"
 
 
 @dataclass(frozen=True)
@@ -165,37 +167,51 @@ class Curve:
     over_refusal: Array
 
 
-def matched_cost(curve: Curve, reference: Curve, seed: int = 0) -> tuple[Interval, Interval]:
+@dataclass(frozen=True)
+class EqualSafety:
+    """A method against a reference method, as means over the safety levels that both reach.
+
+    Attributes:
+        cost_ratio: cost of the method / cost of the reference.
+        cost_difference: cost of the method − cost of the reference, in the unit of the costs;
+            defined also where the reference costs nothing.
+        over_refusal_difference: over-refusal rate of the method − that of the reference.
+    """
+
+    cost_ratio: Interval
+    cost_difference: Interval
+    over_refusal_difference: Interval
+
+
+def compare_at_equal_safety(curve: Curve, reference: Curve, seed: int = 0) -> EqualSafety:
     """Compare two methods at equal safety.
 
     Both curves start at α = 0 (the reference's point 0, cost 0), are made monotone in safety, and
     are interpolated linearly on the same safety levels, the range both reach above the start.
+    A figure that does not exist in 5 % of the resamples or more is undefined, and says why.
 
     Args:
         curve: the method; point 0 is the utility model.
         reference: the method it is compared with, on the same examples; point 0 likewise.
         seed: of the resampling.
-
-    Returns:
-        Mean cost of ``curve`` over mean cost of ``reference`` at equal safety, and the difference
-        of their mean over-refusal rates there. Undefined where the reference costs nothing or
-        safety does not rise.
     """
     n_s, n_u, n_h = curve.safety.shape[1], curve.cost.shape[1], curve.over_refusal.shape[1]
     samples = [resample(n, seed + i, 500) for i, n in enumerate((n_s, n_u, n_h))]
-    ratios, differences = [], []
+    draws = []
     for draw in range(-1, 500):
         indices = [
             np.arange(n) if draw < 0 else s[draw]
             for n, s in zip((n_s, n_u, n_h), samples, strict=True)
         ]
         points = [_means(item, indices) for item in (curve, reference)]
-        ratio, difference = _compare(points[0], points[1])
-        ratios.append(ratio)
-        differences.append(difference)
+        draws.append(_compare(points[0], points[1]))
+    ratio, difference, over = np.array(draws).T
     n = n_s + n_u + n_h
-    note = "undefined (no common safety range, or the reference costs nothing)"
-    return _from_draws(ratios, n, note), _from_draws(differences, n, note)
+    # Without a common level all three are missing; with one, only the ratio can be.
+    note = FREE_REFERENCE if _mostly_finite(difference) else NO_COMMON_SAFETY
+    return EqualSafety(
+        _from_draws(ratio, n, note), _from_draws(difference, n, note), _from_draws(over, n, note)
+    )
 
 
 def pareto_front(cost: Array, gain: Array) -> NDArray[np.bool_]:
@@ -216,16 +232,17 @@ def _means(curve: Curve, indices: list[NDArray[np.int64]]) -> tuple[Array, Array
 
 def _compare(
     points: tuple[Array, Array, Array], reference: tuple[Array, Array, Array]
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
+    """Cost ratio, cost difference and over-refusal difference; nan where there is none."""
     start = points[0][0]
     top = min(points[0].max(), reference[0].max())
     if not top > start:
-        return math.nan, math.nan
+        return math.nan, math.nan, math.nan
     levels = np.linspace(start, top, 21)[1:]
     cost, cost_reference = (_at_levels(p[0], p[1], levels).mean() for p in (points, reference))
     over, over_reference = (_at_levels(p[0], p[2], levels).mean() for p in (points, reference))
     ratio = cost / cost_reference if cost_reference > 0 else math.nan
-    return float(ratio), float(over - over_reference)
+    return float(ratio), float(cost - cost_reference), float(over - over_reference)
 
 
 def _at_levels(safety: Array, value: Array, levels: Array) -> Array:
@@ -262,9 +279,15 @@ def _interval(value: float, draws: Array, n: int) -> Interval:
     return Interval(value, float(low), float(high), n)
 
 
-def _from_draws(values: list[float], n: int, note: str) -> Interval:
-    draws = np.array(values[1:])
-    # An interval from the few resamples where the figure exists would look surer than it is.
-    if not math.isfinite(values[0]) or np.isfinite(draws).mean() < CONFIDENCE:
+def _mostly_finite(values: Array) -> bool:
+    """Whether the figure exists, and in all but 5 % of its resamples.
+
+    An interval from the few resamples where a figure exists would look surer than it is.
+    """
+    return bool(np.isfinite(values[0]) and np.isfinite(values[1:]).mean() >= CONFIDENCE)
+
+
+def _from_draws(values: Array, n: int, note: str) -> Interval:
+    if not _mostly_finite(values):
         return Interval(None, None, None, n, note)
-    return _interval(values[0], draws, n)
+    return _interval(float(values[0]), values[1:], n)

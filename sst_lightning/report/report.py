@@ -87,17 +87,24 @@ def log_figures(records: Sequence[Record], folder: Path) -> None:
 def headline(record: Record) -> str:
     """One sentence on a comparison at equal safety, whatever it says."""
     metrics = record["metrics"]
-    ratio = metrics.get("cost_ratio_at_equal_refusal", {})
-    over = metrics.get("over_refusal_difference_at_equal_refusal", {})
+    ratio, difference, over = (
+        metrics[f"{name}_at_equal_refusal"]
+        for name in ("cost_ratio", "cost_difference", "over_refusal_difference")
+    )
     method, against = (record["parameters"][key] for key in ("method", "against"))
-    if ratio.get("value") is None or over.get("value") is None:
-        entry = ratio if ratio.get("value") is None else over
-        return f"**{record['setting']}**: {method} against {against}: {entry.get('note')}."
+    if difference["value"] is None:
+        return f"**{record['setting']}**: {method} against {against}: {difference['note']}."
+    cost = (
+        f"{difference['value']:+.3f} nats per token ({difference['low']:+.3f} to "
+        f"{difference['high']:+.3f}) against {against}; ratio {ratio.get('note')}"
+        if ratio["value"] is None
+        else f"**{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to "
+        f"{100 * ratio['high']:.0f} %) of the utility (NLL) that {against} costs"
+    )
     return (
-        f"**{record['setting']}**: at equal refusal of attacks, {method} costs "
-        f"**{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to {100 * ratio['high']:.0f} %) "
-        f"of the utility (NLL) that {against} costs; over-refusal differs by "
-        f"{100 * over['value']:+.0f} points ({100 * over['low']:+.0f} to {100 * over['high']:+.0f})."
+        f"**{record['setting']}**: at equal refusal of attacks, {method} costs {cost}; "
+        f"over-refusal differs by {100 * over['value']:+.0f} points "
+        f"({100 * over['low']:+.0f} to {100 * over['high']:+.0f})."
     )
 
 

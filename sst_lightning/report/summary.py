@@ -12,7 +12,7 @@ from sst_lightning.algebra.statistics import (
     Interval,
     bootstrap_mean,
     bootstrap_ratio_of_sums,
-    matched_cost,
+    compare_at_equal_safety,
     paired_difference,
     safety_tax,
     wilson_interval,
@@ -189,10 +189,11 @@ def _comparisons(
                 _curve([c for c in candidates if c.method == name], utility_tasks, reference, axis)
                 for name in (method, REFERENCE_METHOD)
             ]
-            ratio, over = matched_cost(curves[0], curves[1])
+            equal = compare_at_equal_safety(curves[0], curves[1])
             suffix = "refusal" if axis == "refusal" else "refusal_nll"
-            metrics[f"cost_ratio_at_equal_{suffix}"] = ratio
-            metrics[f"over_refusal_difference_at_equal_{suffix}"] = over
+            metrics[f"cost_ratio_at_equal_{suffix}"] = equal.cost_ratio
+            metrics[f"cost_difference_at_equal_{suffix}"] = equal.cost_difference
+            metrics[f"over_refusal_difference_at_equal_{suffix}"] = equal.over_refusal_difference
         records.append(
             {
                 "model": f"{setting} {method} against {REFERENCE_METHOD}",

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sst_lightning.algebra.statistics import (
+    FREE_REFERENCE,
+    NO_COMMON_SAFETY,
     NOT_SIGNIFICANT,
     ZERO_REFERENCE,
     Curve,
     bootstrap_mean,
     bootstrap_ratio_of_sums,
-    matched_cost,
+    compare_at_equal_safety,
     paired_difference,
     pareto_front,
     safety_tax,
@@ -156,31 +158,42 @@ def test_a_method_at_a_fifth_of_the_cost_has_ratio_a_fifth():
     def make(alphas, factor, over):
         return curve(alphas, lambda a: a, lambda a: factor * a, lambda a: over * a)
 
-    ratio, over = matched_cost(make([0, 0.3, 1.0], 0.2, 0.1), make([0, 0.5, 0.9], 1.0, 0.3))
+    equal = compare_at_equal_safety(make([0, 0.3, 1.0], 0.2, 0.1), make([0, 0.5, 0.9], 1.0, 0.3))
+    ratio = equal.cost_ratio
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.2, 0.2, 0.2))
-    # Over-refusal differs by −0.2 a, a uniform on the common levels up to 0.9 (20 of them).
-    assert over.value == pytest.approx(-0.2 * 0.9 * np.linspace(0, 1, 21)[1:].mean())
+    # a is uniform on the common levels up to 0.9 (20 of them): costs differ by −0.8 a, over-refusal
+    # by −0.2 a.
+    mean_level = 0.9 * np.linspace(0, 1, 21)[1:].mean()
+    assert equal.cost_difference.value == pytest.approx(-0.8 * mean_level)
+    assert equal.over_refusal_difference.value == pytest.approx(-0.2 * mean_level)
 
 
 def test_cost_is_compared_at_equal_safety_not_at_equal_alpha():
     """The method reaches the same safety at twice the α: at equal α it would look cheaper."""
     method = curve([0, 1, 2], lambda a: a / 2, lambda a: a / 2, lambda a: 0 * a)
     reference = curve([0, 0.5, 1], lambda a: a, lambda a: a, lambda a: 0 * a)
-    ratio, _ = matched_cost(method, reference)
-    assert ratio.value == pytest.approx(1.0)
+    assert compare_at_equal_safety(method, reference).cost_ratio.value == pytest.approx(1.0)
 
 
-def test_no_common_safety_or_no_cost_is_undefined():
+def test_without_common_safety_nothing_is_defined():
     flat = curve([0, 1], lambda a: 0 * a, lambda a: a, lambda a: 0 * a)
     rising = curve([0, 1], lambda a: a, lambda a: a, lambda a: 0 * a)
+    equal = compare_at_equal_safety(flat, rising)
+    for interval in (equal.cost_ratio, equal.cost_difference, equal.over_refusal_difference):
+        assert interval.value is None
+        assert interval.note == NO_COMMON_SAFETY
+
+
+def test_against_a_free_reference_only_the_ratio_is_undefined():
+    rising = curve([0, 1], lambda a: a, lambda a: a, lambda a: 0 * a)
     free = curve([0, 1], lambda a: a, lambda a: 0 * a, lambda a: 0 * a)
-    for pair in ((flat, rising), (rising, free)):
-        ratio, _ = matched_cost(*pair)
-        assert ratio.value is None
-        assert ratio.note
-    ratio, over = matched_cost(free, rising)
-    assert ratio.value == 0
-    assert over.value == 0
+    equal = compare_at_equal_safety(rising, free)
+    assert equal.cost_ratio.value is None
+    assert equal.cost_ratio.note == FREE_REFERENCE
+    assert equal.cost_difference.value == pytest.approx(np.linspace(0, 1, 21)[1:].mean())
+    reverse = compare_at_equal_safety(free, rising)
+    assert reverse.cost_ratio.value == 0
+    assert reverse.over_refusal_difference.value == 0
 
 
 def test_weights_of_rows_are_their_tokens():
@@ -190,7 +203,7 @@ def test_weights_of_rows_are_their_tokens():
     weight = np.array([1.0, 9.0])
     costs = [np.array([[0.0, 0.0], [1.0, 9.0 * factor]]) for factor in (0.0, 1.0)]
     method, reference = (Curve(safety, cost, weight, over) for cost in costs)
-    assert matched_cost(method, reference)[0].value == pytest.approx(0.1)
+    assert compare_at_equal_safety(method, reference).cost_ratio.value == pytest.approx(0.1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sst_lightning.algebra.errors import SSTMergeError
-from sst_lightning.algebra.statistics import NOT_SIGNIFICANT, ZERO_REFERENCE
+from sst_lightning.algebra.statistics import FREE_REFERENCE, NOT_SIGNIFICANT, ZERO_REFERENCE
 from sst_lightning.report.figures import all_figures, kept_energy, plane, slug, spectrum
 from sst_lightning.report.model_card import model_card
 from sst_lightning.report.records import check_records, read_records, write_records
@@ -197,6 +197,20 @@ def test_headline_says_why_there_is_no_figure(made):
     for entry in record["metrics"].values():
         entry.update(value=None, low=None, high=None, note="undefined (no common range)")
     assert "no common range" in headline(record)
+
+
+def test_headline_gives_the_difference_where_the_reference_is_free(made):
+    record = copy.deepcopy(by_model(made, "against task_arithmetic"))
+    record["metrics"]["cost_ratio_at_equal_refusal"] = {
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 3,
+        "note": FREE_REFERENCE,
+    }
+    difference = record["metrics"]["cost_difference_at_equal_refusal"]["value"]
+    assert f"{difference:+.3f} nats per token" in headline(record)
+    assert FREE_REFERENCE in headline(record)
 
 
 def test_report_of_one_adapter_alone(tmp_path):
