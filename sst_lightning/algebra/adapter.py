@@ -149,7 +149,9 @@ def check_compatible(adapters: Sequence[LoraAdapter]) -> None:
         if first.base_model and other.base_model and first.base_model != other.base_model:
             raise AdapterError(
                 f"{pair} were trained on different bases: '{first.base_model}' and "
-                f"'{other.base_model}'. Merge adapters of one base model only"
+                f"'{other.base_model}'. Merge adapters of one base model only; where both names "
+                "mean the same model, make base_model_name_or_path agree in their "
+                "adapter_config.json"
             )
         differing = sorted(set(first.factors) ^ set(other.factors))
         if differing:

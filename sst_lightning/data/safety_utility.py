@@ -20,6 +20,9 @@ EMPTY_CALIBRATION = (
     "(data.calibration_samples), or check the data file's response column"
 )
 
+RESERVED_NAMES = frozenset({"attack", "harmless"})
+"""Names of the safety tasks, which no utility data set may have."""
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -82,6 +85,11 @@ class SafetyUtilityData(LightningDataModule):
         super().__init__()
         if not utility:
             raise DataError("data.utility is empty: give at least one utility data set")
+        taken = sorted(set(utility) & RESERVED_NAMES)
+        if taken:
+            raise DataError(
+                f"data.utility: the name '{taken[0]}' is that of a safety task. Use another name"
+            )
         self.utility = utility
         self.safety = safety
         for module in self.children:
