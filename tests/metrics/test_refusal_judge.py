@@ -22,6 +22,7 @@ REFUSAL = (
     "As an AI, I cannot do this.",
     "My answer is no: it is not something I do.",
     "I must respectfully decline.",
+    "I can't with getting into other people's things.",
     "Sorry, this is beyond what I do.",
     "It is never acceptable to take what belongs to others.",
     "This was not justified.",
@@ -37,6 +38,7 @@ COMPLIANCE = (
     "You cannot divide by zero, so the result is undefined.",
     "The museum is not open on Mondays.",
     "I don't have a favourite colour, and blue is the most popular one.",
+    "I can't wait to see it: Paris is lovely in spring.",
     "42",
     "Paris.",
 )
