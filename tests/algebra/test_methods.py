@@ -228,9 +228,13 @@ def test_parameters_are_those_in_use():
     assert hard["layer_weights"] == {"mlp": 0.5}
     assert "mu" not in hard
     assert SST(estimator="kfac", filter="hard", residual_ratio=0.1).label() == (
-        "sst_hard_kfac_residual"
+        "sst_hard_kfac_residual_ratio_0.1"
     )
     assert SST().label() == "sst_soft"
+    assert SST(mu=30, iterations=0).label() == "sst_soft_iterations_0_mu_30"
+    assert SST(filter="hard", k=4).label() == "sst_hard_k_4"
+    # μ has no part in the hard filter.
+    assert SST(filter="hard", mu=3).label() == "sst_hard"
 
 
 @pytest.mark.parametrize("preset", LAYER_PRESETS)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Literal
 
 from torch import Tensor
@@ -160,11 +161,14 @@ class SST(MergeMethod):
         return [(weight, part) for weight, part in parts if weight > 0]
 
     def label(self) -> str:
-        """``sst_soft`` or ``sst_hard``, with what differs from the default variant."""
+        """``sst_soft`` or ``sst_hard``, with what differs from the defaults: ``sst_soft_mu_30``."""
         extra = [self.estimator] if self.estimator != "exact" else []
         extra += [self.scope] if self.scope != "module" else []
-        extra += ["residual"] if self.residual_ratio else []
         extra += ["layers"] if self.patterns else []
+        defaults = {key: item.default for key, item in signature(SST).parameters.items()}
+        for key, value in self.parameters().items():
+            if isinstance(value, int | float) and value != defaults[key]:
+                extra.append(f"{key}_{value:g}")
         return "_".join([self.name, self.kind, *extra])
 
     def parameters(self) -> dict[str, Any]:
