@@ -21,10 +21,17 @@ from sst_lightning.report.records import read_records
 
 # Whole jailbreak families that A7 never sees, short enough for a small model to understand.
 HELD_OUT = ["bad words", "fixed sentence", "programming", "without_the"]
+METHODS = [
+    {"class_path": "SST"},
+    {"class_path": "SST", "init_args": {"iterations": 0}},
+    {"class_path": "SST", "init_args": {"filter": "hard", "iterations": 0}},
+    {"class_path": "TaskArithmetic"},
+]
 ALPHAS = {
-    "sst_soft": [1.5, 3.0, 4.5],
-    "sst_hard": [1.0, 2.0],
-    "task_arithmetic": [0.5, 0.75, 1.0],
+    "sst_soft": [1.5, 2.5, 4.0],
+    "sst_soft_iterations_0": [1.0, 1.5, 2.0],
+    "sst_hard_iterations_0": [1.0, 2.0],
+    "task_arithmetic": [0.25, 0.5, 0.75, 1.0],
 }
 COLUMNS = (
     ("attack_refusal_rate", "refuses held-out families", 2),
@@ -89,8 +96,7 @@ def stages(data: Path, folder: Path, harmless: Path, seed: int) -> list[Stage]:
             "seed_everything": seed,
             "model.r": 16,
             "model.lora_alpha": 32,
-            "model.learning_rate": 5e-4,
-            "data.batch_size": 8,
+            "data.batch_size": 4,
             "data.max_samples": rows[name],
             "trainer.accumulate_grad_batches": 2,
             "trainer.max_epochs": 1,
@@ -112,11 +118,7 @@ def stages(data: Path, folder: Path, harmless: Path, seed: int) -> list[Stage]:
             "data.generation_samples": 16,
             "data.attack_samples": 48,
             "data.harmless_samples": 48,
-            "methods": [
-                {"class_path": "SST", "init_args": {"filter": "soft", "mu": 30.0}},
-                {"class_path": "SST", "init_args": {"filter": "hard", "iterations": 0}},
-                {"class_path": "TaskArithmetic"},
-            ],
+            "methods": METHODS,
             "alphas": ALPHAS,
             "output": str(folder / setting),
             "cache": str(folder / "evaluations"),
