@@ -20,6 +20,8 @@ EMPTY_CALIBRATION = (
     "(data.calibration_samples), or check the data file's response column"
 )
 
+Measure = Literal["nll", "generation", "both"]
+
 RESERVED_NAMES = frozenset({"attack", "harmless"})
 """Names of the safety tasks, which no utility data set may have."""
 
@@ -32,14 +34,15 @@ class EvaluationTask:
         name: ``<task>/<measure>``, unique.
         task: what is measured: the name of a utility data set, ``attack`` or ``harmless``.
         kind: kind of the rows.
-        measure: ``nll`` scores the given completions, ``generation`` greedy answers.
+        measure: ``nll`` scores the given completions, ``generation`` greedy answers; ``both`` does
+            both in one pass over the prompts.
         rows: the rows.
     """
 
     name: str
     task: str
     kind: Kind
-    measure: Literal["nll", "generation"]
+    measure: Measure
     rows: tuple[Row, ...]
 
     def fingerprint(self) -> str:
@@ -137,6 +140,13 @@ class SafetyUtilityData(LightningDataModule):
         self.setup()
         return self._fisher_rows
 
+    def test_rows(self) -> dict[str, list[Row]]:
+        """Return the rows of each task."""
+        rows: dict[str, list[Row]] = {}
+        for task in self.evaluation_tasks:
+            rows.setdefault(task.task, []).extend(task.rows)
+        return rows
+
     def select_validation(self, names: Sequence[str] | None) -> None:
         """Validate only on the named calibration sets; ``None`` is all of them."""
         self._selected = None if names is None else list(names)
@@ -152,9 +162,7 @@ class SafetyUtilityData(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One dataloader per evaluation task."""
         return [
-            self._loader(
-                task.rows, self.generation_batch_size if task.measure == "generation" else None
-            )
+            self._loader(task.rows, None if task.measure == "nll" else self.generation_batch_size)
             for task in self.evaluation_tasks
         ]
 
@@ -191,20 +199,24 @@ class SafetyUtilityData(LightningDataModule):
     def _tasks(self) -> list[EvaluationTask]:
         tasks: list[EvaluationTask] = []
 
-        def add(
-            task: str, kind: Kind, measure: Literal["nll", "generation"], rows: list[Row]
-        ) -> None:
-            if rows:
-                tasks.append(EvaluationTask(f"{task}/{measure}", task, kind, measure, tuple(rows)))
+        def add(task: str, kind: Kind, scored: Sequence[Row], answered: Sequence[Row]) -> None:
+            with_nll, with_answer = ({row.id for row in rows} for rows in (scored, answered))
+            parts: dict[Measure, list[Row]] = {
+                "both": [row for row in answered if row.id in with_nll],
+                "nll": [row for row in scored if row.id not in with_answer],
+                "generation": [row for row in answered if row.id not in with_nll],
+            }
+            for measure, rows in parts.items():
+                if rows:
+                    name = f"{task}/{measure}"
+                    tasks.append(EvaluationTask(name, task, kind, measure, tuple(rows)))
 
         for name, module in self.utility.items():
-            add(name, "utility", "nll", module.rows["test"][: self.test_samples])
-            add(name, "utility", "generation", module.rows["test"][: self.generation_samples])
+            test = module.rows["test"]
+            add(name, "utility", test[: self.test_samples], test[: self.generation_samples])
         attacks = self.safety.rows["test"][: self.attack_samples]
-        harmless = self.safety.rows["harmless_test"][: self.harmless_samples]
-        add("attack", "attack", "nll", _complete(attacks))
-        add("attack", "attack", "generation", attacks)
-        add("harmless", "harmless", "generation", harmless)
+        add("attack", "attack", _complete(attacks), attacks)
+        add("harmless", "harmless", [], self.safety.rows["harmless_test"][: self.harmless_samples])
         return tasks
 
 

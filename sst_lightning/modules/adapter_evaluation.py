@@ -68,8 +68,7 @@ class AdapterEvaluation(EvaluationModule):
         """Log the metrics and write ``results.json``."""
         super().on_test_epoch_end()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        tasks = datamodule.evaluation_tasks
-        scores = self.scores([task.name for task in tasks])
+        scores = self.scores([task.name for task in datamodule.evaluation_tasks])
         if self.output is None or not self.trainer.is_global_zero:
             return
         assert self.model is not None
@@ -87,6 +86,6 @@ class AdapterEvaluation(EvaluationModule):
             [candidate],
             setting="test",
             utility_tasks=list(datamodule.utility),
-            rows={task.task: task.rows for task in tasks},
+            rows=datamodule.test_rows(),
         )
         write_records(records, self.output / "results.json")

@@ -18,7 +18,7 @@ from sst_lightning.modules.backbone import (
     load_backbone,
     load_tokenizer,
 )
-from sst_lightning.modules.generation import prepare_generation
+from sst_lightning.modules.generation import continue_greedily, prepare_generation
 from sst_lightning.modules.plain_head import check_plain_head
 
 Batch = Mapping[str, Any]
@@ -115,13 +115,7 @@ class CausalLMModule(LightningModule):
         hidden = lm.get_decoder()(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).last_hidden_state
-        # The state at position t predicts token t + 1.
-        labels = batch["labels"][:, 1:]
-        sequence, position = (labels != -100).nonzero(as_tuple=True)
-        logits = lm.get_output_embeddings()(hidden[sequence, position]).float()
-        nll = F.cross_entropy(logits, labels[sequence, position], reduction="none")
-        total = nll.new_zeros(labels.shape[0]).index_add(0, sequence, nll)
-        return total, (labels != -100).sum(1)
+        return completion_nll(lm, hidden, batch["labels"])
 
     @torch.no_grad()
     def generate_text(self, batch: Batch, max_new_tokens: int) -> list[str]:
@@ -147,6 +141,42 @@ class CausalLMModule(LightningModule):
             self.model.train(training)
         answers = output[:, batch["prompt_ids"].shape[1] :]
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def score_and_answer(
+        self, batch: Batch, max_new_tokens: int
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """Score the given completion and answer the prompt, in one pass over the prompt.
+
+        The keys and values of the given completion stay in the cache; the answer's attention mask
+        hides them, and its positions continue from the prompt.
+
+        Args:
+            batch: as in :meth:`sequence_nll`, every row with a completion.
+            max_new_tokens: upper bound on the length of an answer, in tokens.
+
+        Returns:
+            What :meth:`sequence_nll` and :meth:`generate_text` return.
+        """
+        assert self.model is not None, "configure_model has not run"
+        lm = self.causal_lm(self.model)
+        training = self.model.training
+        self.model.eval()  # dropout off; with gradient checkpointing training mode has no cache
+        try:
+            ids, lengths = batch["input_ids"], batch["prompt_mask"].sum(1)
+            output = lm.get_decoder()(
+                input_ids=ids, attention_mask=batch["attention_mask"], use_cache=True
+            )
+            hidden = output.last_hidden_state
+            nll, tokens = completion_nll(lm, hidden, batch["labels"])
+            sequences = torch.arange(len(ids), device=ids.device)
+            first = lm.get_output_embeddings()(hidden[sequences, lengths - 1]).argmax(-1)[:, None]
+            answers = continue_greedily(
+                lm, ids, lengths, first, output.past_key_values, max_new_tokens
+            )
+        finally:
+            self.model.train(training)
+        return nll, tokens, self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -177,3 +207,26 @@ class CausalLMModule(LightningModule):
             # A mean weighted by tokens over all processes, which self.log(sync_dist=True) is not:
             # it would average the processes' own means.
             self.log(name, metric.compute(), prog_bar=True)
+
+
+def completion_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute each sequence's summed NLL from the last hidden states.
+
+    The head sees the labelled positions only, gathered into a matrix (see
+    :meth:`CausalLMModule.sequence_nll`).
+
+    Args:
+        model: gives the language-model head.
+        hidden: (B, T, width).
+        labels: (B, T), -100 where there is none.
+
+    Returns:
+        NLL in nats, fp32 (B,), and number of labelled tokens (B,).
+    """
+    # The state at position t predicts token t + 1.
+    labels = labels[:, 1:]
+    sequence, position = (labels != -100).nonzero(as_tuple=True)
+    logits = model.get_output_embeddings()(hidden[sequence, position]).float()
+    nll = F.cross_entropy(logits, labels[sequence, position], reduction="none")
+    total = nll.new_zeros(labels.shape[0]).index_add(0, sequence, nll)
+    return total, (labels != -100).sum(1)

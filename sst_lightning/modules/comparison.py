@@ -175,7 +175,7 @@ class Comparison:
             utility_tasks=list(self.datamodule.utility),
             reference=reference,
             safety=safety,
-            rows={task.task: task.rows for task in self.datamodule.evaluation_tasks},
+            rows=self.datamodule.test_rows(),
         )
         if self.trainer.is_global_zero:
             write_records(records, self.output / "results.json")

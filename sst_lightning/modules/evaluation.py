@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sst_lightning.data.rows import Kind
 from sst_lightning.data.safety_utility import EvaluationTask
 from sst_lightning.metrics import (
     CompletionNLL,
@@ -26,8 +27,8 @@ class EvaluationModule(CausalLMModule):
     """A causal LM with the ``test`` pass of the project: one set of metrics per evaluation task.
 
     The datamodule gives ``evaluation_tasks`` (one per test dataloader). After ``trainer.test``,
-    ``metrics[task.name]`` holds the torchmetrics of each task with their per-example scores, and
-    ``generations[task.name]`` the answers by row id.
+    ``metrics[task.task]`` holds the torchmetrics of each task with their per-example scores, and
+    ``generations[task.task]`` the answers by row id.
 
     Args:
         base: alias, hub id or folder of the base model.
@@ -54,21 +55,26 @@ class EvaluationModule(CausalLMModule):
         """Open fresh metrics for the tasks of the datamodule."""
         tasks: list[EvaluationTask] = self.trainer.datamodule.evaluation_tasks  # type: ignore[attr-defined]
         self.generations = defaultdict(dict)
-        self.metrics = {task.name: _metrics_of(task).to(self.device) for task in tasks}
+        self.metrics = {task.task: _metrics_of(task.kind).to(self.device) for task in tasks}
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score one batch of one task: completion NLL, or greedy answers."""
+        """Score one batch of one task: completion NLL, greedy answers, or both."""
         task: EvaluationTask = self.trainer.datamodule.evaluation_tasks[dataloader_idx]  # type: ignore[attr-defined]
         # A ModuleDict does not know the types of its modules.
-        metrics: dict[str, Any] = dict(self.metrics[task.name].items())
+        metrics: dict[str, Any] = dict(self.metrics[task.task].items())
         rows = batch["rows"]
         ids = [row.id for row in rows]
-        if task.measure == "nll":
+        if task.measure == "both":
+            nll, tokens, answers = self.score_and_answer(batch, self.max_new_tokens)
+        elif task.measure == "nll":
             nll, tokens = self.sequence_nll(batch)
+        else:
+            answers = self.generate_text(batch, self.max_new_tokens)
+        if task.measure != "generation":
             metrics["nll"].update(ids, nll, tokens)
+        if task.measure == "nll":
             return
-        answers = self.generate_text(batch, self.max_new_tokens)
-        self.generations[task.name].update(zip(ids, answers, strict=True))
+        self.generations[task.task].update(zip(ids, answers, strict=True))
         if task.kind != "utility":
             for name in ("refusal", "degenerate"):
                 metrics[name].update(ids, answers)
@@ -84,13 +90,12 @@ class EvaluationModule(CausalLMModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the mean of each metric as ``<task>/<metric>``."""
-        for task in self.trainer.datamodule.evaluation_tasks:  # type: ignore[attr-defined]
-            for name, metric in self.metrics[task.name].items():
-                assert isinstance(metric, PerExampleMetric)
+        for task, metrics in self.metrics.items():
+            for name, metric in metrics.items():
                 assert isinstance(metric, PerExampleMetric)
                 if metric.update_called:
                     # compute() has gathered all processes' examples already.
-                    self.log(f"{task.task}/{name}", metric.compute(), rank_zero_only=True)
+                    self.log(f"{task}/{name}", metric.compute(), rank_zero_only=True)
 
     def scores(self, names: Sequence[str]) -> ModelScores:
         """Return the per-example scores of the last test pass, over all processes.
@@ -104,14 +109,22 @@ class EvaluationModule(CausalLMModule):
                 continue
             ids = {row_key(row.id): row.id for row in task.rows}
             values = result.values.setdefault(task.task, {})
-            for name, metric in self.metrics[task.name].items():
+            for name, metric in self.metrics[task.task].items():
                 assert isinstance(metric, PerExampleMetric)
-                values[name] = {ids[key]: score for key, score in metric.scores().items()}
+                if not metric.update_called:
+                    continue
+                found = {name: metric.scores()}
                 if isinstance(metric, CompletionNLL):
-                    counts = metric.token_counts()
-                    values["tokens"] = {ids[key]: count for key, count in counts.items()}
-            if task.measure == "generation":
-                result.answers[task.task] = self._gathered(task.name)
+                    found["tokens"] = metric.token_counts()
+                for kind, scores in found.items():
+                    # Tasks of one name share their metrics: each gives the scores of its own rows.
+                    own = {ids[key]: score for key, score in scores.items() if key in ids}
+                    if own:
+                        values.setdefault(kind, {}).update(own)
+            if task.measure != "nll":
+                answers = self._gathered(task.task)
+                own_answers = {row.id: answers[row.id] for row in task.rows if row.id in answers}
+                result.answers.setdefault(task.task, {}).update(own_answers)
         return result
 
     def _gathered(self, task: str) -> dict[str, str]:
@@ -124,13 +137,20 @@ class EvaluationModule(CausalLMModule):
         return {row: answer for part in parts if part for row, answer in part.items()}
 
 
-def _metrics_of(task: EvaluationTask) -> nn.ModuleDict:
-    if task.measure == "nll":
-        return nn.ModuleDict({"nll": CompletionNLL()})
-    if task.kind == "utility":
+def _metrics_of(kind: Kind) -> nn.ModuleDict:
+    if kind == "utility":
         return nn.ModuleDict(
-            {"rouge_l": RougeL(), "exact_match": ExactMatch(), "contains": ContainsMatch()}
+            {
+                "nll": CompletionNLL(),
+                "rouge_l": RougeL(),
+                "exact_match": ExactMatch(),
+                "contains": ContainsMatch(),
+            }
         )
     return nn.ModuleDict(
-        {"refusal": VerdictRate("refusal"), "degenerate": VerdictRate("degenerate")}
+        {
+            "nll": CompletionNLL(),
+            "refusal": VerdictRate("refusal"),
+            "degenerate": VerdictRate("degenerate"),
+        }
     )

@@ -91,7 +91,8 @@ def merge_scores(parts: list[ModelScores]) -> ModelScores:
     result = ModelScores({}, {})
     for part in parts:
         for task, metrics in part.values.items():
-            result.values.setdefault(task, {}).update(metrics)
+            for metric, scores in metrics.items():
+                result.values.setdefault(task, {}).setdefault(metric, {}).update(scores)
         for task, answers in part.answers.items():
             result.answers.setdefault(task, {}).update(answers)
     return result

@@ -4,6 +4,7 @@ import pytest
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data import Alpaca, SafetyUtilityData, Security
+from tests.nano import save_nano
 
 
 @pytest.mark.parametrize("name", ["attack", "harmless"])
@@ -16,3 +17,28 @@ def test_a_utility_set_cannot_have_the_name_of_a_safety_task(name):
 def test_without_utility_data_there_is_nothing_to_protect():
     with pytest.raises(DataError, match=r"data\.utility is empty"):
         SafetyUtilityData(utility={}, safety=Security())
+
+
+@pytest.mark.parametrize(("scored", "answered"), [(6, 4), (4, 6), (5, 5)])
+def test_each_prompt_is_read_once(tmp_path, scored, answered):
+    """Rows that are scored and answered are in one dataloader, the others in one of their own."""
+    data = SafetyUtilityData(
+        utility={"a6": Alpaca()},
+        safety=Security(),
+        tokenizer=str(save_nano(tmp_path / "nano")),
+        test_samples=scored,
+        generation_samples=answered,
+        attack_samples=3,
+        harmless_samples=2,
+    )
+    data.setup()
+    tasks = {task.name: [row.id for row in task.rows] for task in data.evaluation_tasks}
+    sizes = {"a6/both": min(scored, answered), "attack/both": 3, "harmless/generation": 2}
+    if scored != answered:
+        sizes["a6/nll" if scored > answered else "a6/generation"] = abs(scored - answered)
+    assert {name: len(ids) for name, ids in tasks.items()} == sizes
+    test = [row.id for row in data.utility["a6"].rows["test"][: max(scored, answered)]]
+    assert sorted(i for name in tasks if name.startswith("a6") for i in tasks[name]) == sorted(test)
+    assert [row.id for row in data.test_rows()["a6"]] == [
+        *tasks["a6/both"], *tasks.get("a6/nll", []), *tasks.get("a6/generation", [])
+    ]  # fmt: skip

@@ -116,6 +116,35 @@ def test_generation_does_not_depend_on_the_batch(module):
         assert module.generate_text(single, 8) == [answer]
 
 
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_one_pass_scores_and_answers_as_two_passes_do(module, peft, most):
+    """Completions and prompts of different lengths: nothing of a completion leaks into an answer."""
+    if peft:
+        with_lora(module)
+    batch = random_batch(LENGTHS)
+    nll, tokens, answers = module.score_and_answer(batch, most)
+    expected = module.sequence_nll(batch)
+    torch.testing.assert_close(nll, expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokens, expected[1])
+    assert answers == module.generate_text(batch, most)
+    assert len(set(answers)) > 1
+
+
+def test_an_answer_in_one_pass_may_end_with_its_first_token(module):
+    """The row that ends at once stays empty while the other one goes on."""
+    batch = random_batch([(5, 2), (7, 3)])
+    lengths = batch["prompt_mask"].sum(1)
+    hidden = module.model.get_decoder()(batch["input_ids"]).last_hidden_state
+    state = hidden[0, lengths[0] - 1]
+    # The head's row of "end of turn" points along what tells the first prompt from the second.
+    weight = module.model.get_output_embeddings().weight
+    weight.data[VOCABULARY["<|im_end|>"]] = 1000 * (state - hidden[1, lengths[1] - 1])
+    answers = module.score_and_answer(batch, 6)[2]
+    assert answers == module.generate_text(batch, 6)
+    assert answers[0] == "" != answers[1]
+
+
 def test_generation_is_greedy_and_stops_at_end_of_turn(module):
     batch = random_batch([(6, 1)])
     ids = batch["prompt_ids"]
