@@ -1,5 +1,6 @@
 """The program ``sst-merge``: Lightning's subcommands, merge, compare, and the ones beside them."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Set before transformers is imported: fork-after-tokenizers warnings and hub progress bars
     # would run through the Trainer's own bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes warns at import, on every CPU, of an optional kernel that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
