@@ -230,14 +230,14 @@ def _figure(values: dict) -> Figure:
             axis.grid(alpha=0.25)
             if row == 0:
                 axis.set_title(setting)
-                # Task arithmetic at large α is far to the right of everything of interest.
-                xs = [
-                    p[1]
-                    for m, c in curves.items()
-                    for p in c
-                    if m != "task_arithmetic" or p[0] <= 1
+                # Merges that cost more than all of the safety adapter are not of interest.
+                stars = [
+                    np.mean(metrics["utility_nll"])
+                    for (own, method, _, _), metrics in values.items()
+                    if own == setting and method in ("adapter", "utility_merge")
                 ]
-                axis.set_xlim(min(xs) - 0.02, max(xs) + 0.05)
+                low, high = min(stars), max(p[1] for p in curves["task_arithmetic"])
+                axis.set_xlim(low - 0.05 * (high - low), high + 0.1 * (high - low))
         axes[0, 0].set_ylabel("refuses held-out attack families")
         axes[1, 0].set_ylabel("refuses held-out attack families")
     handles, labels = axes[0, 0].get_legend_handles_labels()
