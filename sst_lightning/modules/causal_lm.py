@@ -18,7 +18,7 @@ from sst_lightning.modules.backbone import (
     load_backbone,
     load_tokenizer,
 )
-from sst_lightning.modules.generation import continue_greedily, prepare_generation
+from sst_lightning.modules.generation import can_hide, continue_greedily, prepare_generation
 from sst_lightning.modules.plain_head import check_plain_head
 
 Batch = Mapping[str, Any]
@@ -149,7 +149,8 @@ class CausalLMModule(LightningModule):
         """Score the given completion and answer the prompt, in one pass over the prompt.
 
         The keys and values of the given completion stay in the cache; the answer's attention mask
-        hides them, and its positions continue from the prompt.
+        hides them, and its positions continue from the prompt. A model whose cache forgets (sliding
+        windows, recurrent states) reads the prompt twice.
 
         Args:
             batch: as in :meth:`sequence_nll`, every row with a completion.
@@ -169,6 +170,8 @@ class CausalLMModule(LightningModule):
             )
             hidden = output.last_hidden_state
             nll, tokens = completion_nll(lm, hidden, batch["labels"])
+            if not can_hide(output.past_key_values):
+                return nll, tokens, self.generate_text(batch, max_new_tokens)
             sequences = torch.arange(len(ids), device=ids.device)
             first = lm.get_output_embeddings()(hidden[sequences, lengths - 1]).argmax(-1)[:, None]
             answers = continue_greedily(

@@ -1,14 +1,17 @@
 """Runs the test pass on any point in core space, once per distinct weights and rows."""
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 import sst_lightning
 from sst_lightning.algebra.core import Cores
+from sst_lightning.data import tokenization
 from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
 from sst_lightning.metrics.scores import ModelScores, scoring_fingerprint
+from sst_lightning.modules import causal_lm, core_hooks, evaluation, generation
 from sst_lightning.modules.merge import MergeModule
 
 
@@ -70,11 +73,22 @@ class Evaluator:
             task.fingerprint(),
             task.name,
             # What else changes a score: truncation, a pass cut short, the scoring itself.
-            str(self.datamodule.safety.max_length),
+            str(self.datamodule.data_set(task.task).max_length),
+            str(self.model.attention),
             str(self.trainer.limit_test_batches),
             scoring_fingerprint(),
+            _running_fingerprint(),
         )
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+@lru_cache(maxsize=1)
+def _running_fingerprint() -> str:
+    """Hash of the code that turns rows into NLLs and answers."""
+    digest = hashlib.sha256()
+    for module in (causal_lm, core_hooks, evaluation, generation, tokenization):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
 
 
 def hash_cores(cores: Cores, adapters: list[str]) -> str:

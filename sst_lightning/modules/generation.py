@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 # End-of-turn tokens of the chat formats in use; a base that ends its turns with one of these may
 # name another token as end of sequence (Llama 3.1: <|eot_id|> against <|end_of_text|>).
@@ -38,6 +39,14 @@ def prepare_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
 
 
+def can_hide(cache: Cache) -> bool:
+    """Whether tokens in the cache can be hidden by a mask, as if they had never been read.
+
+    Not where they have pushed others out (sliding windows) or changed a recurrent state.
+    """
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 def continue_greedily(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -53,7 +62,7 @@ def continue_greedily(
         input_ids: (B, T) what the cache was filled with, prompts first; the rest is hidden.
         prompt_lengths: (B,) tokens of each prompt.
         first: (B, 1) first token of each answer.
-        cache: keys and values of ``input_ids``; extended in place.
+        cache: keys and values of ``input_ids`` (see :func:`can_hide`); extended in place.
         max_new_tokens: upper bound on the length of an answer, in tokens.
 
     Returns:

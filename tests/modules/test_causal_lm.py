@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.generation import prepare_generation, stop_tokens
@@ -129,6 +136,24 @@ def test_one_pass_scores_and_answers_as_two_passes_do(module, peft, most):
     assert torch.equal(tokens, expected[1])
     assert answers == module.generate_text(batch, most)
     assert len(set(answers)) > 1
+
+
+def test_one_pass_is_two_where_the_cache_forgets(tmp_path):
+    """In a sliding window the hidden completion would push tokens of the prompt out."""
+    config = MistralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1, sliding_window=6,
+        eos_token_id=2, pad_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    nano_tokenizer().save_pretrained(tmp_path)
+    module = CausalLMModule(str(tmp_path), dtype="float32")
+    module.configure_model()
+    batch = random_batch([(5, 3), (2, 19), (17, 1), (4, 4)])
+    nll, _, answers = module.score_and_answer(batch, 9)
+    assert answers == module.generate_text(batch, 9)
+    torch.testing.assert_close(nll, module.sequence_nll(batch)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_in_one_pass_may_end_with_its_first_token(module):
