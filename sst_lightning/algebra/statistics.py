@@ -15,6 +15,7 @@ CONFIDENCE = 0.95
 NOT_SIGNIFICANT = "undefined (gain not significant)"
 SAFETY_FELL = "undefined (safety fell)"
 ZERO_REFERENCE = "undefined (reference is 0)"
+UNBOUNDED = "undefined (reference not significantly above 0)"
 NO_COMMON_SAFETY = "undefined (no safety level that both methods reach)"
 FREE_REFERENCE = "undefined (cost of the reference not significant)"
 
@@ -267,7 +268,11 @@ def _ratio(numerator: Array, denominator: Array, n: int, note: str) -> Interval:
     if n == 0 or denominator[0] == 0:
         return Interval(None, None, None, n, note)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _make(numerator / denominator, n)
+        ratios = numerator / denominator
+    # Where the denominator vanishes in more resamples than a tail holds, the interval has no end.
+    if np.isfinite(ratios[1:]).mean() < 0.5 + CONFIDENCE / 2:
+        return Interval(None, None, None, n, UNBOUNDED)
+    return _make(ratios, n)
 
 
 def _interval(value: float, draws: Array, n: int) -> Interval:

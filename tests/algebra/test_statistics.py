@@ -12,6 +12,7 @@ from sst_lightning.algebra.statistics import (
     FREE_REFERENCE,
     NO_COMMON_SAFETY,
     NOT_SIGNIFICANT,
+    UNBOUNDED,
     ZERO_REFERENCE,
     Curve,
     bootstrap_mean,
@@ -125,6 +126,15 @@ def test_only_the_absolute_tax_exists_where_the_reference_refuses_nothing():
         assert interval.value is None
         assert interval.note == ZERO_REFERENCE
     assert tax.safety_tax_absolute.value == pytest.approx(0.2)
+
+
+def test_a_gain_over_almost_nothing_has_no_finite_interval():
+    """Where the reference refuses 1 of 32, a third of the resamples have none at all."""
+    merged, reference, adapter = rates(32, 0.6, 1 / 32, 1.0)
+    tax = tax_of(np.ones(9), np.ones(9), merged, reference, adapter)
+    assert tax.safety_gain_rate.value is None
+    assert tax.safety_gain_rate.note == UNBOUNDED
+    assert tax.safety_tax_absolute.value == 0
 
 
 def test_drift_is_undefined_where_the_safety_adapter_refuses_nothing():
