@@ -233,6 +233,11 @@ def test_parameters_are_those_in_use():
     assert SST().label() == "sst_soft"
     assert SST(mu=30, iterations=0).label() == "sst_soft_iterations_0_mu_30"
     assert SST(filter="hard", k=4).label() == "sst_hard_k_4"
+    assert SST(filter="hard", projector="fisher").label() == "sst_hard_projector_fisher"
+    presets = [SST(layer_weights=name).label() for name in ("minimal", "balanced")]
+    assert presets == ["sst_soft_layer_weights_minimal", "sst_soft_layer_weights_balanced"]
+    patterns = [SST(layer_weights={"mlp": weight}).label() for weight in (0.5, 0.7)]
+    assert len(set(patterns)) == 2
     # μ has no part in the hard filter.
     assert SST(filter="hard", mu=3).label() == "sst_hard"
 

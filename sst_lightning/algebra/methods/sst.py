@@ -1,7 +1,9 @@
 """SST-Merge: the safety adapter filtered by curvature."""
 
+import json
 import math
 from collections.abc import Mapping
+from hashlib import sha256
 from inspect import signature
 from typing import Any, Literal
 
@@ -162,13 +164,20 @@ class SST(MergeMethod):
 
     def label(self) -> str:
         """``sst_soft`` or ``sst_hard``, with what differs from the defaults: ``sst_soft_mu_30``."""
-        extra = [self.estimator] if self.estimator != "exact" else []
-        extra += [self.scope] if self.scope != "module" else []
-        extra += ["layers"] if self.patterns else []
         defaults = {key: item.default for key, item in signature(SST).parameters.items()}
+        extra = []
         for key, value in self.parameters().items():
-            if isinstance(value, int | float) and value != defaults[key]:
-                extra.append(f"{key}_{value:g}")
+            if key == "filter" or value == defaults[key]:
+                continue
+            if key in ("estimator", "scope"):
+                extra.append(value)
+            elif isinstance(value, dict):
+                digest = sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+                extra.append(f"{key}_{digest[:6]}")
+            else:
+                extra.append(
+                    f"{key}_{value:g}" if isinstance(value, int | float) else f"{key}_{value}"
+                )
         return "_".join([self.name, self.kind, *extra])
 
     def parameters(self) -> dict[str, Any]:
