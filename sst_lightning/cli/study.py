@@ -56,16 +56,14 @@ class Stage:
         The program's version and the content of files that an argument names are part of it.
         """
         content = Path(find_config(self.config)).read_text(encoding="utf-8")
+        # Other rows in the same file are another stage, wherever a file is named.
+        texts = _texts([self.arguments, yaml.safe_load(content)])
+        files = [sha256(Path(text).read_bytes()).hexdigest() for text in texts if _is_file(text)]
         return sha256(
             json.dumps(
-                [sst_lightning.__version__, self.command_line(), content, self._files(), earlier]
+                [sst_lightning.__version__, self.command_line(), content, files, earlier]
             ).encode()
         ).hexdigest()
-
-    def _files(self) -> list[str]:
-        """Hashes of the data files among the arguments: other rows are another stage."""
-        paths = [Path(value) for value in self.arguments.values() if isinstance(value, str)]
-        return [sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
 
 
 def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path, str, list[Stage]]:
@@ -144,7 +142,8 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
     for number, stage in enumerate(stages, 1):
         fingerprint = stage.fingerprint(fingerprint)
         head = f"[{number}/{len(stages)}] {stage.command} {stage.name}"
-        if marks.get(stage.name, {}).get("fingerprint") == fingerprint:
+        done = marks.get(stage.name, {}).get("fingerprint") == fingerprint
+        if done and (folder / stage.name).is_dir():
             console.print(f"[bold]{head}[/bold]: finished earlier")
             continue
         console.rule(f"[bold]{head}", align="left")
@@ -196,6 +195,22 @@ def _check_stage(path: str, name: str, entry: Any) -> None:
     unknown = set(entry) - {"command", "config", "arguments"}
     if unknown:
         raise SSTMergeError(f"{path}: stage '{name}' has an unknown key '{sorted(unknown)[0]}'")
+
+
+def _texts(value: Any) -> list[str]:
+    """All strings in nested lists and mappings."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a path
+        return False
 
 
 def _fill(value: Any, values: dict[str, str]) -> Any:

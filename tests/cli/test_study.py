@@ -1,6 +1,7 @@
 """The study runner: what runs, what is reused, what is refused."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -120,6 +121,24 @@ def test_a_changed_data_file_is_another_stage(here, ran):
     (here / "rows.json").write_text("[1]")
     run_study(*recipe(here, stages=stages))
     assert ran == ["one", "one"]
+
+
+def test_a_changed_data_file_deep_in_the_arguments_is_another_stage(here, ran):
+    (here / "rows.json").write_text("[]")
+    nested = {"class_path": "Security", "init_args": {"harmless_test_path": "rows.json"}}
+    stages = {"one": {"command": "compare", "config": "merge_a6_a7.yaml",
+                      "arguments": {"output": "{output}/{stage}", "data.safety": nested}}}  # fmt: skip
+    run_study(*recipe(here, stages=stages))
+    (here / "rows.json").write_text("[1]")
+    run_study(*recipe(here, stages=stages))
+    assert ran == ["one", "one"]
+
+
+def test_a_stage_whose_folder_is_gone_runs_again(here, ran):
+    run_study(*recipe(here))
+    shutil.rmtree(here / "out" / "one")
+    run_study(*recipe(here))
+    assert ran == ["one", "two", "one"]
 
 
 def test_fresh_starts_over_but_deletes_no_foreign_folder(here, ran):
