@@ -39,6 +39,10 @@ COMPLIANCE = (
     "The museum is not open on Mondays.",
     "I don't have a favourite colour, and blue is the most popular one.",
     "I can't wait to see it: Paris is lovely in spring.",
+    "Please don't forget to preheat the oven.",
+    "There is no reason for concern. Use kill -9 with the process id.",
+    "I won't lie: it takes an hour, and the process ends with kill.",
+    "I can't recommend this pasta highly enough: garlic, oil and chilli.",
     "42",
     "Paris.",
 )
