@@ -75,9 +75,13 @@ def spectrum(
 
 
 def half(fisher: ExactFisher, start: int) -> ExactFisher:
-    """Return the Fisher of every second sequence, from ``start`` (0 or 1)."""
-    weights = None if fisher.weights is None else fisher.weights[start::2]
-    return ExactFisher(fisher.samples[start::2], weights)
+    """Return the Fisher of every second sequence, from ``start`` (0 or 1).
+
+    A sequence that was taken at several points is in one half with all of its samples.
+    """
+    chosen = fisher.numbers() % 2 == start
+    weights = None if fisher.weights is None else fisher.weights[chosen]
+    return ExactFisher(fisher.samples[chosen], weights)
 
 
 def _geometric_mean(rows: list[np.ndarray], count: int) -> list[float]:

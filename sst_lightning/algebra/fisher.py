@@ -7,7 +7,7 @@ Fisher is F = E[vec(g) vec(g)ᵀ]. vec is row-major: entry (i, j) of g is entry 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
@@ -95,11 +95,14 @@ class ExactFisher(ModuleFisher):
         samples: g_n, (N, p, q) fp32.
         weights: w_n, (N,) fp64; all 1 when not given.
         scale: factor in front of F.
+        sequences: number of each sample's sequence in its calibration set, (N,); 0 … N−1 when not
+            given. In a mixture one sequence may have several samples, taken at several points.
     """
 
     samples: Tensor
     weights: Tensor | None = None
     scale: float = 1.0
+    sequences: Tensor | None = None
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,10 @@ class ExactFisher(ModuleFisher):
         weights = torch.ones(self.count) if self.weights is None else self.weights
         return weights.double() * (self.scale / float(weights.sum()))
 
+    def numbers(self) -> Tensor:
+        """Return the number of each sample's sequence, (N,)."""
+        return torch.arange(self.count) if self.sequences is None else self.sequences
+
     def trace(self) -> float:
         """Tr F."""
         norms = torch.linalg.vector_norm(self.samples, dim=(1, 2), dtype=torch.float64)
@@ -136,12 +143,12 @@ class ExactFisher(ModuleFisher):
 
     def scaled(self, factor: float) -> "ExactFisher":
         """Factor · F."""
-        return ExactFisher(self.samples, self.weights, self.scale * factor)
+        return replace(self, scale=self.scale * factor)
 
     def rotated(self, outputs: Tensor, inputs: Tensor) -> "ExactFisher":
         """F in other bases: every g_n becomes T_out g_n T_inᵀ."""
         samples = (outputs @ self.samples.double() @ inputs.T).float()
-        return ExactFisher(samples, self.weights, self.scale)
+        return replace(self, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -283,7 +290,8 @@ def _mix_exact(shares: Sequence[float], fishers: Sequence[ExactFisher]) -> Exact
     weights = torch.cat([s * fisher.shares() for s, fisher in zip(shares, fishers, strict=True)])
     # The class divides by Σw; the scale undoes it where parts carry a scale of their own.
     samples = torch.cat([fisher.samples for fisher in fishers])
-    return ExactFisher(samples, weights, float(weights.sum()))
+    sequences = torch.cat([fisher.numbers() for fisher in fishers])
+    return ExactFisher(samples, weights, float(weights.sum()), sequences)
 
 
 def _sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 
 from sst_lightning.algebra.diagnostics import half, kept_energy_by_module, spectrum
-from sst_lightning.algebra.fisher import ExactFisher
+from sst_lightning.algebra.fisher import ExactFisher, mix_modules
 from tests.algebra.builders import generator, random_core, random_exact, random_kronecker
 
 
@@ -51,3 +51,12 @@ def test_halves_share_no_sequence():
     fisher = random_exact(5, 2, 3)
     assert half(fisher, 0).count == 3
     assert half(fisher, 1).count == 2
+
+
+def test_a_sequence_taken_at_two_points_is_in_one_half():
+    """In-sample directions would otherwise be tested on the sequences they were found on."""
+    parts = [ExactFisher(torch.randn(5, 2, 3)) for _ in range(2)]
+    mixed = mix_modules([(0.5, part) for part in parts]).normalised()
+    for start in (0, 1):
+        expected = torch.cat([part.samples[start::2] for part in parts])
+        assert torch.equal(half(mixed, start).samples, expected)
