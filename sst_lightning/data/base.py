@@ -16,7 +16,7 @@ from sst_lightning.data.resumable import ResumableLoader
 from sst_lightning.data.rows import Row, fingerprint_rows
 from sst_lightning.data.sources import Table, read_file, read_hub
 from sst_lightning.data.splits import MINIMAL_SIZES, SPLITS, Split, sample, split_by_group
-from sst_lightning.data.tokenization import encode_all
+from sst_lightning.data.tokenization import Encoded, encode_all
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -244,9 +244,22 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             DataError: There are no rows.
         """
-        if not rows:
+        return self.loader_of(self.encode(rows), shuffle, batch_size)
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Tokenise rows to at most ``max_length`` tokens each."""
+        return encode_all(rows, self.tokenizer, self.max_length)
+
+    def loader_of(
+        self, items: Sequence[Encoded], shuffle: bool = False, batch_size: int | None = None
+    ) -> DataLoader[Batch]:
+        """Return batches of tokenised rows; arguments as of :meth:`make_loader`.
+
+        Raises:
+            DataError: There are no rows.
+        """
+        if not items:
             raise DataError("a data loader needs at least one row, got an empty set")
-        items = encode_all(rows, self.tokenizer, self.max_length)
         sampler = LengthBucketBatchSampler(
             [len(item) for item in items], batch_size or self.batch_size, shuffle, self.seed
         )

@@ -105,7 +105,7 @@ class SafetyUtilityData(LightningDataModule):
         self.harmless_samples = harmless_samples
         self.batch_size = batch_size
         self.generation_batch_size = generation_batch_size
-        self._fisher_rows: dict[str, list[Row]] = {}
+        self._fisher_parts: dict[str, list[tuple[TextDataModule, list[Row]]]] = {}
         self._selected: list[str] | None = None
         self.evaluation_tasks: list[EvaluationTask] = []
 
@@ -128,17 +128,24 @@ class SafetyUtilityData(LightningDataModule):
         Raises:
             DataError: a data set cannot be used, or a calibration set is empty.
         """
-        if self._fisher_rows:
+        if self._fisher_parts:
             return
         for module in self.children:
             module.setup(stage)
-        self._fisher_rows = self._calibration()
+        self._fisher_parts = self._calibration()
         self.evaluation_tasks = self._tasks()
 
     def fisher_rows(self) -> dict[str, list[Row]]:
         """Return the rows of each calibration set."""
         self.setup()
-        return self._fisher_rows
+        return {
+            name: [row for _, rows in parts for row in rows]
+            for name, parts in self._fisher_parts.items()
+        }
+
+    def data_set(self, task: str) -> TextDataModule:
+        """Return the data set a task's rows are from."""
+        return self.utility.get(task, self.safety)
 
     def test_rows(self) -> dict[str, list[Row]]:
         """Return the rows of each task."""
@@ -157,12 +164,23 @@ class SafetyUtilityData(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One dataloader per name in :attr:`validation_names`."""
-        return [self._loader(self.fisher_rows()[name]) for name in self.validation_names]
+        return [
+            self._loader(self._fisher_parts[name], self.batch_size)
+            for name in self.validation_names
+        ]
+
+    def sample_batch(self) -> Batch:
+        """Return one calibration row of each kind: enough tokens to tell two models apart."""
+        parts = [(module, rows[:1]) for ((module, rows), *_) in self._fisher_parts.values()]
+        return next(iter(self._loader(parts, len(parts))))
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One dataloader per evaluation task."""
         return [
-            self._loader(task.rows, None if task.measure == "nll" else self.generation_batch_size)
+            self._loader(
+                [(self.data_set(task.task), task.rows)],
+                self.batch_size if task.measure == "nll" else self.generation_batch_size,
+            )
             for task in self.evaluation_tasks
         ]
 
@@ -172,27 +190,31 @@ class SafetyUtilityData(LightningDataModule):
         """Move the tensors of a batch; its rows stay as they are."""
         return self.safety.transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _loader(self, rows: Sequence[Row], batch_size: int | None = None) -> DataLoader[Batch]:
-        return self.safety.make_loader(rows, batch_size=batch_size or self.batch_size)
+    def _loader(
+        self, parts: Sequence[tuple[TextDataModule, Sequence[Row]]], batch_size: int
+    ) -> DataLoader[Batch]:
+        # Each data set truncates its own rows: documents may need more room than attacks.
+        items = [item for module, rows in parts for item in module.encode(rows)]
+        return self.safety.loader_of(items, batch_size=batch_size)
 
-    def _calibration(self) -> dict[str, list[Row]]:
-        share = -(-self.calibration_samples // len(self.utility))
-        rows = {
+    def _calibration(self) -> dict[str, list[tuple[TextDataModule, list[Row]]]]:
+        most, sets = self.calibration_samples, len(self.utility)
+        # The first sets get one row more where the number does not divide.
+        shares = [most // sets + (index < most % sets) for index in range(sets)]
+        harmless = _complete(self.safety.rows["harmless_calibration"])[:most]
+        rows: dict[str, list[tuple[TextDataModule, list[Row]]]] = {
             "utility": [
-                row
-                for module in self.utility.values()
-                for row in module.rows["calibration"][:share]
+                (module, module.rows["calibration"][:share])
+                for module, share in zip(self.utility.values(), shares, strict=True)
             ],
-            "harmless": _complete(self.safety.rows["harmless_calibration"])[
-                : self.calibration_samples
-            ],
-            "safety": self.safety.rows["calibration"][: self.calibration_samples],
+            "harmless": [(self.safety, harmless)],
+            "safety": [(self.safety, self.safety.rows["calibration"][:most])],
         }
         # Look-alikes are an extra where the data has them; the other two sets are not optional.
-        if not (self.harmless_calibration and rows["harmless"]):
+        if not (self.harmless_calibration and harmless):
             del rows["harmless"]
-        for name, values in rows.items():
-            if not values:
+        for name, parts in rows.items():
+            if not all(values for _, values in parts):
                 raise DataError(EMPTY_CALIBRATION.format(name=name))
         return rows
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sst_lightning.algebra.errors import DataError
-from sst_lightning.data import Alpaca, SafetyUtilityData, Security
+from sst_lightning.data import Alpaca, RepliQA, Row, SafetyUtilityData, Security
 from tests.nano import save_nano
 
 
@@ -42,3 +42,36 @@ def test_each_prompt_is_read_once(tmp_path, scored, answered):
     assert [row.id for row in data.test_rows()["a6"]] == [
         *tasks["a6/both"], *tasks.get("a6/nll", []), *tasks.get("a6/generation", [])
     ]  # fmt: skip
+
+
+def test_each_data_set_truncates_its_own_rows(tmp_path):
+    """A document may need more room than an attack."""
+    long = "word " * 400
+    data = SafetyUtilityData(
+        utility={"a5": RepliQA(max_length=300)},
+        safety=Security(max_length=90),
+        tokenizer=str(save_nano(tmp_path / "nano")),
+    )
+    data.setup()
+    data.utility["a5"].rows["calibration"][0] = Row("x", long, "yes", "utility", "g")
+    data.safety.rows["calibration"][0] = Row("y", long, "no", "attack", "g")
+    data._fisher_parts = data._calibration()
+    lengths = dict(
+        zip(
+            data.validation_names,
+            (max(b["input_ids"].shape[1] for b in loader) for loader in data.val_dataloader()),
+            strict=True,
+        )
+    )
+    assert lengths["safety"] == 90
+    assert lengths["utility"] == 300
+
+
+def test_calibration_samples_is_a_bound_on_all_sets_together(tmp_path):
+    data = SafetyUtilityData(
+        utility={"a5": RepliQA(), "a6": Alpaca()},
+        safety=Security(),
+        tokenizer=str(save_nano(tmp_path / "nano")),
+        calibration_samples=5,
+    )
+    assert [len(rows) for rows in data.fisher_rows().values()] == [5, 5, 5]
