@@ -106,9 +106,14 @@ class FisherStatistics:
         return cls(modules, space, metadata, path)
 
     def check_matches(
-        self, base_fingerprint: str, adapter_fingerprints: Sequence[str], point: str
+        self,
+        base_fingerprint: str,
+        adapter_fingerprints: Sequence[str],
+        point: str,
+        data_fingerprint: str,
+        count: int,
     ) -> None:
-        """Refuse a Fisher of another merge.
+        """Refuse a Fisher of another merge: other weights, another point, other rows.
 
         Raises:
             FisherError: names the file and what differs.
@@ -117,6 +122,8 @@ class FisherStatistics:
             "base_fingerprint": base_fingerprint,
             "adapter_fingerprints": list(adapter_fingerprints),
             "point": point,
+            "data_fingerprint": data_fingerprint,
+            "count": count,
         }
         for field, value in expected.items():
             found = getattr(self.metadata, field)
@@ -207,5 +214,5 @@ def _fisher(name: str, tensors: dict[str, Tensor], metadata: FisherMetadata) -> 
 
 
 def _short(value: object) -> str:
-    texts = [value] if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+    texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return ", ".join(text if len(text) < 40 else f"{text[:12]}…" for text in texts)

@@ -142,12 +142,20 @@ class Merger:
         self._at_adapters[estimators.pop()] = loaded
 
     def check_fishers(self) -> None:
-        """Refuse Fisher files that belong to another merge (base, adapters or points differ).
+        """Refuse Fisher files of another merge (base, adapters, points or calibration rows differ).
 
         Raises:
             FisherError: names the file, the field that differs and the remedy.
         """
+        rows = self.datamodule.fisher_rows()
         for statistics in self._at_adapters.values():
+            if set(statistics) != set(rows):
+                differing = sorted(set(statistics) ^ set(rows))[0]
+                raise FisherError(
+                    f"{self.folder}: the calibration set '{differing}' is only among the Fisher "
+                    "files or only in the data of this merge. Collect the Fishers again, or set "
+                    "data.harmless_calibration to what they were collected with"
+                )
             for name, value in statistics.items():
                 point = "safety" if name == "safety" else "utility"
                 identity = self.model.fisher_metadata(point)
@@ -155,6 +163,8 @@ class Merger:
                     identity["base_fingerprint"],
                     identity["adapter_fingerprints"],
                     point=self.model.point_label(point),
+                    data_fingerprint=self.datamodule.validation_fingerprint(name),
+                    count=len(rows[name]),
                 )
                 # The file has the axes of the space it was collected in.
                 statistics[name] = value.to_space(self.model.space)

@@ -94,6 +94,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ("base_fingerprint", "another"),
         ("adapter_fingerprints", ["a", "b"]),
         ("point", "utility [0.5]"),
+        ("data_fingerprint", "other rows"),
+        ("count", 2),
     ],
 )
 def test_fisher_of_another_merge_is_refused(tmp_path, field, value):
@@ -104,6 +106,8 @@ def test_fisher_of_another_merge_is_refused(tmp_path, field, value):
         "base_fingerprint": "base",
         "adapter_fingerprints": loaded.metadata.adapter_fingerprints,
         "point": "utility [1.0]",
+        "data_fingerprint": "rows",
+        "count": loaded.metadata.count,
     }
     loaded.check_matches(**expected)
     with pytest.raises(FisherError, match=rf"utility\.safetensors: {field} is .*Collect it again"):
