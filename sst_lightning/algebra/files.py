@@ -43,11 +43,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``.
-
-    A folder cannot be replaced in one system call: the old one is moved aside first, so a kill in
-    between leaves the complete new folder (or the complete old one) under a ``.tmp`` name.
-    """
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -56,15 +52,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            path.replace(old / path.name)
-            temporary.replace(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        move_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(source: Path, path: Path) -> None:
+    """Make ``source``, a folder beside ``path``, take the place of ``path``.
+
+    A folder cannot be replaced in one system call: the old one is moved aside first, so a kill in
+    between leaves the complete new folder (or the complete old one) under another name.
+    """
+    if not path.exists():
+        source.replace(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path.replace(old / path.name)
+    source.replace(path)
+    shutil.rmtree(old)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -80,7 +80,11 @@ class AdapterEvaluation(EvaluationModule):
             parameters={},
             scores=scores,
             diagnostics={},
-            provenance=provenance(backbone_fingerprint(self.causal_lm(self.model)), recipe),
+            provenance=provenance(
+                backbone_fingerprint(self.causal_lm(self.model)),
+                self.evaluation_settings(datamodule.evaluation_tasks),
+                recipe,
+            ),
         )
         records = build_records(
             [candidate],

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sst_lightning.algebra.core import Cores
-from sst_lightning.algebra.files import write_text
+from sst_lightning.algebra.errors import SSTMergeError
+from sst_lightning.algebra.files import move_folder, write_text
 from sst_lightning.algebra.methods import MergeMethod, MergeProblem
+from sst_lightning.data.rows import fingerprint_rows
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.metrics.scores import ModelScores
 from sst_lightning.modules.evaluator import Evaluator, hash_cores
@@ -25,6 +27,9 @@ from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
 from sst_lightning.report.report import log_figures, write_report
 from sst_lightning.report.summary import Candidate, build_records
+
+RESULTS = ("adapter", "adapters", "results.json", "report.md", "report.html", "figures")
+"""What a merge or comparison writes to its output, beside logs and evaluations."""
 
 
 @dataclass
@@ -70,6 +75,7 @@ class Comparison:
         self.datamodule = datamodule
         self.output = output
         self.setting = setting or "+".join([*(name.upper() for name in datamodule.utility), "A7"])
+        self._check_names()
         datamodule.setup()
         self.merger = Merger(trainer, model, datamodule, fisher)
         model.configure_model()
@@ -120,23 +126,43 @@ class Comparison:
             "safety": str(self.model.safety_adapter.path),
             "adapter_sha256": adapter.fingerprint,
             "input_sha256": [item.fingerprint for item in self.model.adapters],
+            "calibration": {
+                name: {"rows": len(rows), "sha256": fingerprint_rows(rows)}
+                for name, rows in self.datamodule.fisher_rows().items()
+                if method.requires_fisher
+            },
         }
+        # Nothing takes the place of an adapter that is there before it has been verified.
+        unverified = self.output / f".{folder.name}.unverified"
         if self.trainer.is_global_zero:
-            adapter.save(folder, overwrite=True)
+            adapter.save(unverified, overwrite=True)
         self.trainer.strategy.barrier()
         try:
-            recipe["verification"] = self._verify(folder, cores)
+            recipe["verification"] = self._verify(unverified, cores)
         except VerificationError:
             if self.trainer.is_global_zero:
-                shutil.rmtree(folder)
+                shutil.rmtree(unverified)
             raise
         if self.trainer.is_global_zero:
-            write_text(folder / "merge.json", json.dumps(recipe, indent=1) + "\n")
-            write_text(folder / "README.md", model_card(recipe))
+            write_text(unverified / "merge.json", json.dumps(recipe, indent=1) + "\n")
+            write_text(unverified / "README.md", model_card(recipe))
+            if not self.merges:
+                self._remove_earlier_results()
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            move_folder(unverified, folder)
         rank_zero_info(f"{method.label()} α={alpha:g}: saved and verified {folder}")
         merge = Merge(method, alpha, cores, folder, recipe, diagnostics)
         self.merges.append(merge)
         return merge
+
+    def _remove_earlier_results(self) -> None:
+        """Remove what an earlier run left in ``output``: it is not about the merges made now."""
+        for name in RESULTS:
+            path = self.output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def finish(self) -> list[dict[str, Any]]:
         """Evaluate base, inputs and merges; write results.json, report and TensorBoard figures."""
@@ -146,16 +172,18 @@ class Comparison:
         for name, adapter in zip(names, self.model.utility_adapters, strict=True):
             scores = self.evaluator.evaluate(self.model.space.encode(adapter), adapter.fingerprint)
             candidates.append(self._candidate(name, "adapter", {}, scores))
-        if len(self.model.utility_adapters) > 1:
+        if self.model.has_utility_merge:
             weights = hash_cores(self.model.utility_core, fingerprints)
             scores = self.evaluator.evaluate(self.model.utility_core, weights)
             parameters = {"weights": self.model.utility_weights}
-            candidates.append(self._candidate("+".join(names), "utility_merge", parameters, scores))
+            name = "+".join(names) if len(names) > 1 else f"{names[0]} weighted"
+            candidates.append(self._candidate(name, "utility_merge", parameters, scores))
+        # What every merge starts from at α = 0.
+        reference = candidates[-1].scores
         safety = self.evaluator.evaluate(
             self.model.safety_core, self.model.safety_adapter.fingerprint
         )
         candidates.append(self._candidate("A7", "adapter", {}, safety))
-        reference = candidates[-2].scores
         for number, merge in enumerate(self.merges, 1):
             rank_zero_info(f"evaluating merge {number} of {len(self.merges)}: {merge.folder.name}")
             scores = self.evaluator.evaluate(merge.cores, hash_cores(merge.cores, fingerprints))
@@ -200,11 +228,32 @@ class Comparison:
             parameters=dict(parameters),
             scores=scores,
             diagnostics=dict(diagnostics or {}),
-            provenance=provenance(self.model.base_fingerprint(), recipe),
+            provenance=provenance(
+                self.model.base_fingerprint(),
+                self.model.evaluation_settings(self.datamodule.evaluation_tasks),
+                recipe,
+            ),
         )
 
+    def _check_names(self) -> None:
+        """Refuse names under which two models of the report would be one.
+
+        Raises:
+            SSTMergeError: names the data set.
+        """
+        names = [name.casefold() for name in self.datamodule.utility]
+        for name in names:
+            if name in ("base", "a7") or names.count(name) > 1:
+                raise SSTMergeError(
+                    f"data.utility: the name '{name}' is taken in the report (upper and lower case "
+                    "are the same there). Use another name"
+                )
+
     def _utility_names(self) -> list[str]:
-        """Names of the utility adapters: those of the data sets where there is one for each."""
+        """Names of the utility adapters.
+
+        With one data set for each they are the data sets', in the same order; else the folders'.
+        """
         adapters, data = self.model.utility_adapters, self.datamodule.utility
         if len(data) == len(adapters):
             return [name.upper() for name in data]
@@ -216,13 +265,8 @@ class Comparison:
         return names
 
     def _verify(self, folder: Path, cores: Cores) -> dict[str, float]:
-        batch = self._batch()
+        batch = self.datamodule.sample_batch()
         if self._input_logits is None:
             # The inputs are the same for every merge.
             self._input_logits = input_logits(self.model, batch)
         return verify_saved(self.model, folder, cores, batch, self._input_logits)
-
-    def _batch(self) -> Mapping[str, Any]:
-        """One calibration row of each kind: enough tokens to tell two models apart."""
-        rows = [values[0] for values in self.datamodule.fisher_rows().values()]
-        return next(iter(self.datamodule.safety.make_loader(rows, batch_size=len(rows))))

@@ -80,7 +80,7 @@ class EvaluationModule(CausalLMModule):
                 metrics[name].update(ids, answers)
             return
         metrics["rouge_l"].update(ids, answers, [row.response for row in rows])
-        checkable = [i for i, row in enumerate(rows) if row.references]
+        checkable = [i for i, row in enumerate(rows) if row.checkable]
         for name in ("exact_match", "contains"):
             metrics[name].update(
                 [ids[i] for i in checkable],
@@ -126,6 +126,17 @@ class EvaluationModule(CausalLMModule):
                 own_answers = {row.id: answers[row.id] for row in task.rows if row.id in answers}
                 result.answers.setdefault(task.task, {}).update(own_answers)
         return result
+
+    def evaluation_settings(self, tasks: Sequence[EvaluationTask]) -> dict[str, Any]:
+        """Return what the scores of ``tasks`` depend on beside the weights, for the report."""
+        return {
+            "dtype": self.dtype_name,
+            "quantization": self.quantization,
+            "max_new_tokens": self.max_new_tokens,
+            "rows": {
+                task.name: {"rows": len(task.rows), "sha256": task.fingerprint()} for task in tasks
+            },
+        }
 
     def _gathered(self, task: str) -> dict[str, str]:
         """Answers of all processes."""

@@ -76,6 +76,11 @@ class MergeModule(EvaluationModule):
         self._fingerprint: str | None = None
 
     @property
+    def has_utility_merge(self) -> bool:
+        """Whether the utility core is not simply that of the one utility adapter."""
+        return self.utility_weights != [1.0]
+
+    @property
     def adapters(self) -> list[LoraAdapter]:
         """All adapters of the merge, utility first."""
         return [*self.utility_adapters, self.safety_adapter]

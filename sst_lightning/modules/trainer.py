@@ -12,7 +12,7 @@ from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import refuse_overwrite
 from sst_lightning.algebra.methods import SST, MergeMethod, TaskArithmetic
 from sst_lightning.data.safety_utility import SafetyUtilityData
-from sst_lightning.modules.comparison import Comparison
+from sst_lightning.modules.comparison import RESULTS, Comparison
 from sst_lightning.modules.merge import MergeModule
 
 DEFAULT_ALPHAS = [0.5, 1.0, 2.0, 3.5]
@@ -51,7 +51,7 @@ class SSTTrainer(Trainer):
             The records of ``results.json`` (empty without evaluation).
         """
         _check_numbers([alpha], rank)
-        refuse_overwrite(output, overwrite)
+        _refuse_results(Path(output), overwrite)
         comparison = Comparison(self, model, datamodule, Path(output), fisher=fisher)
         comparison.add(method, alpha, Path(output) / "adapter", rank)
         return comparison.finish() if evaluate else []
@@ -92,7 +92,7 @@ class SSTTrainer(Trainer):
         grids = _grids(methods or [SST(), TaskArithmetic()], alphas)
         for _, grid in grids:
             _check_numbers(grid, rank)
-        refuse_overwrite(output, overwrite)
+        _refuse_results(Path(output), overwrite)
         comparison = Comparison(
             self, model, datamodule, Path(output), fisher=fisher, cache=cache, setting=setting
         )
@@ -113,7 +113,9 @@ def _grids(
     """
     labels = [method.label() for method in methods]
     if len(set(labels)) < len(labels):
-        raise SSTMergeError(f"compare: methods must have different labels, got {', '.join(labels)}")
+        raise SSTMergeError(
+            f"compare: the same method with the same parameters twice: {', '.join(labels)}"
+        )
     if not isinstance(alphas, dict):
         return [(method, alphas or DEFAULT_ALPHAS) for method in methods]
     if set(alphas) != set(labels):
@@ -121,6 +123,18 @@ def _grids(
             f"compare: alphas names {', '.join(alphas)}, but the methods are {', '.join(labels)}"
         )
     return [(method, alphas[method.label()]) for method in methods]
+
+
+def _refuse_results(output: Path, overwrite: bool) -> None:
+    """Stop before any work when ``output`` holds results; logs alone are none.
+
+    Raises:
+        OutputExistsError: it does, or is a file, and ``overwrite`` is false.
+    """
+    if output.is_file():
+        refuse_overwrite(output, overwrite=False, flag="another folder")
+    for name in RESULTS:
+        refuse_overwrite(output / name, overwrite)
 
 
 def _check_numbers(alphas: Sequence[float], rank: int | None) -> None:

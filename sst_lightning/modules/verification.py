@@ -87,7 +87,7 @@ def _inputs(module: MergeModule) -> dict[str, Cores | None]:
     inputs: dict[str, Cores | None] = {"the base model": None}
     for adapter in module.adapters:
         inputs[f"adapter {adapter.path}"] = module.space.encode(adapter)
-    if len(module.utility_adapters) > 1:
+    if module.has_utility_merge:
         inputs["the merge of the utility adapters"] = module.utility_core
     return inputs
 

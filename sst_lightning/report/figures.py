@@ -83,7 +83,7 @@ def plane(records: Sequence[Record], setting: str) -> Figure:
         axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes[0].minorticks_off()
         axes[0].set_xlim(left=min(-0.02, *(_value(r, cost) or 0.0 for r in paired)))
-    axes[0].set_ylabel("attacks refused (held-out styles and topics)")
+    axes[0].set_ylabel("attacks refused (test split)")
     axes[0].set_ylim(-0.06, 1.06)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 4))

@@ -11,11 +11,16 @@ import sst_lightning
 PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "scipy")
 
 
-def provenance(base_fingerprint: str, recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def provenance(
+    base_fingerprint: str,
+    settings: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the ``provenance`` of a record.
 
     Args:
         base_fingerprint: hash of the base model.
+        settings: what the evaluation ran with: precision, answer length, rows.
         recipe: recipe of the merge, where the record is one.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
@@ -25,5 +30,6 @@ def provenance(base_fingerprint: str, recipe: Mapping[str, Any] | None = None) -
         "versions": {name: version(name) for name in PACKAGES},
         "seed": None if seed is None else int(seed),
         "base_sha256": base_fingerprint,
+        "evaluation": dict(settings),
         **dict(recipe or {}),
     }

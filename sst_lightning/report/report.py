@@ -191,7 +191,7 @@ def _provenance(records: Sequence[Record]) -> str:
     lines = ["## How this was made\n", "```json"]
     shared: dict[str, Any] = {}
     for record in records:
-        for key in ("sst_merge", "python", "versions", "seed", "base_sha256"):
+        for key in ("sst_merge", "python", "versions", "seed", "base_sha256", "evaluation"):
             if key in record.get("provenance", {}):
                 shared.setdefault(key, record["provenance"][key])
     merges = {
@@ -203,6 +203,7 @@ def _provenance(records: Sequence[Record]) -> str:
                     "adapter",
                     "adapter_sha256",
                     "input_sha256",
+                    "calibration",
                     "discarded_energy",
                     "verification",
                 )

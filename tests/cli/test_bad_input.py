@@ -152,7 +152,13 @@ def test_a_missing_adapter_folder(here, capfd):
 @pytest.mark.parametrize("command", ["merge", "compare"])
 def test_an_output_that_exists(here, capfd, command):
     (here / "out").mkdir()
-    (here / "out" / "mine.txt").write_text("keep")
+    (here / "out" / "report.md").write_text("keep")
+    assert "out/report.md already exists" in merge(here, capfd, command=command)
+
+
+@pytest.mark.parametrize("command", ["merge", "compare"])
+def test_an_output_that_is_a_file(here, capfd, command):
+    (here / "out").write_text("keep")
     assert "out already exists" in merge(here, capfd, command=command)
 
 

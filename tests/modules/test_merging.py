@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from callbacks import FisherCollector
 from sst_lightning import SST, TaskArithmetic
 from sst_lightning.algebra.adapter import LoraAdapter
-from sst_lightning.algebra.errors import FisherError, SSTMergeError
+from sst_lightning.algebra.errors import FisherError, OutputExistsError, SSTMergeError
+from sst_lightning.data import Alpaca
 from sst_lightning.modules import comparison as comparison_file
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import load_backbone
@@ -188,6 +189,15 @@ def test_fisher_files_of_validate_give_the_merge_of_collecting(inputs, tmp_path)
         merger = Merger(quiet_trainer(), module, small_data(inputs.base), tmp_path)
         with pytest.raises(FisherError, match=r"utility\.safetensors: .* another merge"):
             merger.check_fishers()
+    fewer = small_data(inputs.base, calibration_samples=4)
+    merger = Merger(quiet_trainer(), small_module(inputs), fewer, tmp_path)
+    merger.model.configure_model()
+    with pytest.raises(FisherError, match=r"data_fingerprint is .* another merge"):
+        merger.check_fishers()
+    without = small_data(inputs.base, harmless_calibration=False)
+    merger = Merger(quiet_trainer(), small_module(inputs), without, tmp_path)
+    with pytest.raises(FisherError, match=r"'harmless' is only among the Fisher files or only in"):
+        merger.check_fishers()
     with pytest.raises(FisherError, match=r"estimator 'exact', but the method uses 'kfac'"):
         filtered(inputs, SST(estimator="kfac"), fisher=tmp_path)
 
@@ -225,7 +235,7 @@ def test_evaluation_keys_tell_apart_what_changes_scores(inputs, tmp_path):
         return Evaluator(trainer or quiet_trainer(), module, data, tmp_path)._key(task, weights)
 
     keys = [key(), key(weights="other"), key(quiet_trainer(limit_test_batches=1))]
-    data.safety.max_length = 100
+    data.data_set(task.task).max_length = 100
     keys.append(key())
     module.max_new_tokens = 5
     keys.append(key())
@@ -260,13 +270,15 @@ def test_verification_detects_a_tampered_file(inputs, tmp_path):
     tensors[key] = tensors[key] * 1.2
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="differ by"):
-        verify_saved(module, merge.folder, merge.cores, comparison._batch())
+        verify_saved(module, merge.folder, merge.cores, comparison.datamodule.sample_batch())
 
 
 def test_verification_detects_a_merge_that_equals_an_input(inputs, tmp_path):
     comparison, module, merge = compared(inputs, tmp_path)
     with pytest.raises(VerificationError, match=r"same logits as adapter .*utility"):
-        verify_saved(module, merge.folder, module.utility_core, comparison._batch())
+        verify_saved(
+            module, merge.folder, module.utility_core, comparison.datamodule.sample_batch()
+        )
 
 
 def test_verification_detects_that_nothing_was_added_to_several_utility_adapters(inputs, tmp_path):
@@ -274,7 +286,9 @@ def test_verification_detects_that_nothing_was_added_to_several_utility_adapters
     comparison = Comparison(quiet_trainer(), module, data, tmp_path)
     merge = comparison.add(TaskArithmetic(), 1.0, tmp_path / "adapter")
     with pytest.raises(VerificationError, match="the merge of the utility adapters"):
-        verify_saved(module, merge.folder, module.utility_core, comparison._batch())
+        verify_saved(
+            module, merge.folder, module.utility_core, comparison.datamodule.sample_batch()
+        )
 
 
 def test_an_adapter_that_fails_verification_is_removed(inputs, tmp_path, monkeypatch):
@@ -285,6 +299,64 @@ def test_an_adapter_that_fails_verification_is_removed(inputs, tmp_path, monkeyp
     with pytest.raises(VerificationError):
         compared(inputs, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_adapter_survives_a_failed_verification(inputs, tmp_path, monkeypatch):
+    quiet_trainer().merge(
+        small_module(inputs), small_data(inputs.base), TaskArithmetic(), 1.0, str(tmp_path),
+        evaluate=False,
+    )  # fmt: skip
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    def fail(*arguments):
+        raise VerificationError("no")
+
+    monkeypatch.setattr(comparison_file, "verify_saved", fail)
+    with pytest.raises(VerificationError):
+        quiet_trainer().merge(
+            small_module(inputs), small_data(inputs.base), TaskArithmetic(), 2.0, str(tmp_path),
+            evaluate=False, overwrite=True,
+        )  # fmt: skip
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_overwrite_leaves_no_results_of_the_merge_before(inputs, tmp_path):
+    for alpha, evaluate in ((1.0, True), (2.0, False)):
+        quiet_trainer().merge(
+            small_module(inputs), small_data(inputs.base), TaskArithmetic(), alpha, str(tmp_path),
+            evaluate=evaluate, overwrite=True,
+        )  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "evaluations"}
+    assert json.loads((tmp_path / "adapter/merge.json").read_text())["parameters"]["alpha"] == 2.0
+
+
+def test_logs_in_the_output_are_no_results(inputs, tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "config.yaml").write_text("")
+    arguments = (small_module(inputs), small_data(inputs.base), TaskArithmetic(), 1.0)
+    quiet_trainer().merge(*arguments, str(tmp_path), evaluate=False)
+    with pytest.raises(OutputExistsError, match=r"adapter already exists"):
+        quiet_trainer().merge(*arguments, str(tmp_path), evaluate=False)
+
+
+def test_a_weighted_utility_adapter_is_the_reference_of_all_costs(inputs, tmp_path):
+    """At α ≈ 0 the merge is w · ΔW_utility: it costs nothing against what it starts from."""
+    module = small_module(inputs, utility_weights=[0.5])
+    records = quiet_trainer().merge(
+        module, small_data(inputs.base), TaskArithmetic(), 1e-6, str(tmp_path)
+    )
+    assert [r["method"] for r in records] == [
+        "base", "adapter", "utility_merge", "adapter", "task_arithmetic"
+    ]  # fmt: skip
+    assert records[-1]["metrics"]["utility_nll_increase"]["value"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("names", [["a7"], ["base"], ["a5", "A5"]])
+def test_names_that_would_be_one_in_the_report_are_refused_first(inputs, tmp_path, names):
+    data = small_data(inputs.base)
+    data.utility = {name: Alpaca(max_length=160) for name in names}
+    with pytest.raises(SSTMergeError, match=r"the name '\w+' is taken in the report"):
+        Comparison(quiet_trainer(), small_module(inputs), data, tmp_path)
 
 
 def test_the_model_is_the_bare_base_after_verification(inputs, tmp_path):
