@@ -1,4 +1,4 @@
-"""The LightningCLI subclass behind fit, validate, test, predict, merge and compare."""
+"""The LightningCLI subclass behind fit, validate, test, merge and compare."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ class SSTCommandLine(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return each subcommand and the arguments of its Trainer method that are not flags."""
         return {
-            **LightningCLI.subcommands(),
+            **{key: value for key, value in LightningCLI.subcommands().items() if key != "predict"},
             "merge": {"model", "datamodule"},
             "compare": {"model", "datamodule"},
         }
