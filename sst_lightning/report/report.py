@@ -94,15 +94,19 @@ def headline(record: Record) -> str:
     method, against = (record["parameters"][key] for key in ("method", "against"))
     if difference["value"] is None:
         return f"**{record['setting']}**: {method} against {against}: {difference['note']}."
-    cost = (
-        f"{difference['value']:+.3f} nats per token ({difference['low']:+.3f} to "
-        f"{difference['high']:+.3f}) against {against}; ratio {ratio.get('note')}"
-        if ratio["value"] is None
-        else f"**{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to "
-        f"{100 * ratio['high']:.0f} %) of the utility (NLL) that {against} costs"
-    )
+    if ratio["value"] is None:
+        cost = (
+            f"the cost of {method} differs from that of {against} by {difference['value']:+.3f} "
+            f"nats per token ({difference['low']:+.3f} to {difference['high']:+.3f}; ratio "
+            f"{ratio['note']})"
+        )
+    else:
+        cost = (
+            f"{method} costs **{100 * ratio['value']:.0f} %** ({100 * ratio['low']:.0f} to "
+            f"{100 * ratio['high']:.0f} %) of the utility (NLL) that {against} costs"
+        )
     return (
-        f"**{record['setting']}**: at equal refusal of attacks, {method} costs {cost}; "
+        f"**{record['setting']}**: at equal refusal of attacks, {cost}; "
         f"over-refusal differs by {100 * over['value']:+.0f} points "
         f"({100 * over['low']:+.0f} to {100 * over['high']:+.0f})."
     )
