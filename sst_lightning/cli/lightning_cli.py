@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from callbacks import AdapterExport, FisherCollector
 from sst_lightning.algebra.files import write_text
 from sst_lightning.cli.config_record import ConfigRecord
-from sst_lightning.cli.method_names import complete_method_names
+from sst_lightning.cli.method_names import accept_method_names, complete_method_names
 from sst_lightning.cli.shipped_configs import find_config
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import resolve
@@ -110,6 +110,7 @@ def run_lightning(arguments: Sequence[str]) -> SSTCommandLine:
     # Lightning warns when args are passed while sys.argv has some; here they are the same.
     saved, sys.argv = sys.argv, sys.argv[:1]
     _quiet()
+    accept_method_names()
     try:
         return SSTCommandLine(
             CausalLMModule,

@@ -141,6 +141,65 @@ def test_fishers_of_validate_serve_merge_files(here, capfd, made):
         torch.testing.assert_close(delta("files")[name], value, rtol=1e-4, atol=1e-6)
 
 
+YAML = """
+model: {{class_path: sst_lightning.MergeModule, init_args: {{base: {base}, utility: [{utility}],
+  safety: {safety}, max_new_tokens: 2}}}}
+{methods}
+"""
+
+
+def from_yaml(here, capfd, made, command, methods, *more):
+    """Run ``command`` with methods that a YAML file names."""
+    text = YAML.format(base=made.base, utility=made.utility, safety=made.safety, methods=methods)
+    (here / "own.yaml").write_text(text)
+    return run(
+        capfd, command, "--config=configs/merge_a6_a7.yaml", "--config=own.yaml", "--output=out",
+        *TINY["trainer"], *TINY["data"], *more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        "method: ties",
+        "method: {class_path: ties, init_args: {density: 0.5}}",
+        "method: {class_path: TIES}",
+        "method: {class_path: sst_lightning.algebra.methods.TIES}",
+    ],
+)
+def test_a_yaml_file_names_a_method(here, capfd, made, methods):
+    outcome = from_yaml(here, capfd, made, "merge", methods, "--evaluate=false")
+    assert outcome.code == 0, outcome.err
+    recipe = json.loads((here / "out/adapter/merge.json").read_text())
+    assert recipe["method"] == "ties"
+    assert recipe["parameters"]["density"] == (0.5 if "0.5" in methods else 0.2)
+
+
+def test_lists_of_methods_hold_names(here, capfd, made):
+    outcome = from_yaml(
+        here, capfd, made, "compare",
+        "methods: [task_arithmetic, {class_path: tsv_merge, init_args: {share: 0.5}}]\nalphas: [1.0]",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    expected = {"task_arithmetic-alpha-1", "tsv_merge_share_0.5-alpha-1"}
+    assert {path.name for path in (here / "out/adapters").iterdir()} == expected
+    outcome = from_yaml(
+        here, capfd, made, "compare", "alphas: [1.0]",
+        "--methods=[task_arithmetic, {class_path: tsv_merge, init_args: {share: 0.5}}]",
+        "--overwrite",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert {path.name for path in (here / "out/adapters").iterdir()} == expected
+
+
+def test_a_yaml_file_with_an_unknown_method_is_one_line(here, capfd, made):
+    outcome = from_yaml(here, capfd, made, "merge", "method: tees")
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "method 'tees' is not known" in outcome.err
+    assert not (here / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -178,12 +237,11 @@ def test_the_recipe_of_all_methods_compares_them(here, capfd, made):
     """configs/demo/methods.yaml, on the nano base: every method that needs no second base model."""
     _, _, stages = load_study("demo/methods.yaml", "unused", None)
     methods = stages[-1].arguments["methods"]
-    names = {find_method(item["class_path"]).name for item in methods}
+    names = {item if isinstance(item, str) else item["class_path"] for item in methods}
     # Concatenation is task arithmetic in other factors.
     assert names == {*ALL_METHODS, "concatenation"} - {*NEEDS_MODELS, "concatenation"}
-    for item in methods:
-        if item["class_path"] == "PeftBackend":  # the inputs here have different ranks
-            item["init_args"] = {"combination": "cat"}
+    # The inputs here have different ranks.
+    methods[methods.index("peft")] = {"class_path": "peft", "init_args": {"combination": "cat"}}
     outcome = run(
         capfd, "compare", "--config=configs/merge_a5_a6_a7.yaml", f"--model.base={made.base}",
         f"--model.utility=[{made.utility}, {made.second}]", f"--model.safety={made.safety}",
