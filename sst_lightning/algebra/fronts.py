@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,12 @@ from sst_lightning.algebra.statistics import (
 CURVE_RESAMPLES = 500
 NO_COMMON_SAFETY = "undefined (no safety level that both methods reach)"
 FREE_REFERENCE = "undefined (cost of the reference not significant)"
-NO_COST = "undefined (no merge of the reference costs anything)"
+NO_COST = "undefined (the safest merge of the reference costs nothing)"
+NO_OVER_REFUSAL = "undefined (the safest merge of the reference refuses no more harmless prompts)"
 NO_GAIN_POSSIBLE = "undefined (the utility model is safe already)"
+
+Price = Literal["cost", "over_refusal"]
+"""What safety is paid with."""
 
 
 @dataclass(frozen=True)
@@ -84,33 +89,41 @@ def pareto_front(cost: Array, gain: Array) -> NDArray[np.bool_]:
     return np.asarray(~(better & strictly).any(axis=1))
 
 
-def hypervolume(curve: Curve, reference: Curve, seed: int = 0) -> tuple[Interval, Interval]:
-    """Area under a method's safety-utility front, and its difference from the reference's.
+def hypervolume(
+    curve: Curve, reference: Curve, price: Price = "cost", seed: int = 0
+) -> tuple[Interval, Interval]:
+    """Area under a method's front of safety against a price, and its difference from the reference's.
 
-    At each utility cost the front is the highest safety among the α that cost no more. The area is
-    taken above the utility model's own safety, up to the largest cost of the reference method, and
-    divided by what a method would get that reaches safety 1 for nothing: 0 is no better than the
-    utility model, 1 cannot be improved (the hypervolume of two objectives, Zitzler and Thiele 1999,
-    with the utility model's safety and that cost as reference point).
+    At each price the front is the highest safety among the α that cost no more. The area is taken
+    above the utility model's own safety, from its own price up to that at which the reference method
+    first reaches its highest safety, and divided by what a method would get that reaches safety 1
+    for nothing: 0 is no better than the utility model, 1 cannot be improved (the hypervolume of two
+    objectives, Zitzler and Thiele 1999, with the utility model's safety and that price as reference
+    point).
 
     Args:
         curve: the method, with safety in [0, 1]; point 0 is the utility model.
-        reference: the method that sets the cost limit, on the same examples; point 0 likewise.
+        reference: the method that sets the largest price, on the same examples; point 0 likewise.
+        price: ``cost`` is utility, ``over_refusal`` the rate of harmless prompts refused.
         seed: of the resampling.
 
     Returns:
         The area, and the area minus the reference's on the same resamples.
     """
-    n = curve.safety.shape[1] + curve.cost.shape[1]
-    limit = float(_all_means(reference)[1].max())
-    start = float(reference.safety[0].mean())
+    axis = 1 if price == "cost" else 2
+    n = curve.safety.shape[1] + (curve.cost, curve.over_refusal)[axis - 1].shape[1]
+    whole = _all_means(reference)
+    prices = whole[axis] - whole[axis][0]
+    limit = float(prices[int(whole[0].argmax())])
+    start = float(whole[0][0])
     if not limit > 0 or not start < 1:
-        undefined = Interval(None, None, None, n, NO_COST if not limit > 0 else NO_GAIN_POSSIBLE)
+        note = (NO_COST if price == "cost" else NO_OVER_REFUSAL) if start < 1 else NO_GAIN_POSSIBLE
+        undefined = Interval(None, None, None, n, note)
         return undefined, undefined
     # The reference point stays where the examples at hand put it: the unit of the area is fixed.
     areas = np.array(
         [
-            [_area(point[0], point[1], start, limit) for point in points]
+            [_area(point[0], point[axis] - point[axis][0], start, limit) for point in points]
             for points in _draws([curve, reference], seed)
         ]
     )

@@ -34,6 +34,8 @@ COLUMNS = (
 COMPARED = (
     ("front_area", "front area", 2),
     ("front_area_difference", "difference in area", 2),
+    ("over_refusal_front_area", "over-refusal front area", 2),
+    ("over_refusal_front_area_difference", "difference in area", 2),
     ("cost_ratio_at_equal_refusal", "cost ratio", 2),
     ("cost_difference_at_equal_refusal", "cost difference (nats)", 3),
     ("over_refusal_difference_at_equal_refusal", "over-refusal difference", 2),
@@ -185,9 +187,10 @@ def _comparisons(records: Sequence[Record]) -> str:
         cells = [format_entry(record["metrics"].get(name), digits) for name, _, digits in COMPARED]
         lines.append(f"| {_inline(record['parameters']['method'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + (
-        "\n\n*Front area*: area under the safety-utility front above the utility model's refusal "
-        f"rate, up to the largest cost of {against}; 1 is safety for nothing. Costs are at equal "
-        "refusal of attacks.\n"
+        "\n\n*Front area*: area under the front of refused attacks over utility cost, above the "
+        f"utility model's own refusal rate, up to the cost at which {against} first reaches its "
+        "highest refusal rate; *over-refusal front area*: the same over refused harmless prompts. 1 "
+        "is safety for nothing. Cost ratio and the columns after it are at equal refusal of attacks.\n"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sst_lightning.algebra.fronts import Curve, compare_at_equal_safety, hypervolume
+from sst_lightning.algebra.fronts import Curve, Price, compare_at_equal_safety, hypervolume
 from sst_lightning.algebra.statistics import (
     Array,
     Interval,
@@ -21,6 +21,8 @@ from sst_lightning.metrics.scores import ModelScores
 
 REFERENCE_METHOD = "task_arithmetic"
 """What the others are compared with; the first method where it is not among them."""
+PRICES: dict[Price, str] = {"cost": "", "over_refusal": "over_refusal_"}
+"""What safety is paid with, and the prefix of its front's figures."""
 QUOTED_ANSWERS = 3
 MOST_GROUPS = 6
 QUOTED_KINDS = ("utility", "harmless")
@@ -191,9 +193,10 @@ def _comparisons(
                 for name in (method, against)
             )
             if axis == "refusal":
-                metrics["front_area"], difference = hypervolume(curve, other)
-                if method != against:
-                    metrics["front_area_difference"] = difference
+                for price, prefix in PRICES.items():
+                    metrics[f"{prefix}front_area"], difference = hypervolume(curve, other, price)
+                    if method != against:
+                        metrics[f"{prefix}front_area_difference"] = difference
             if method == against:
                 continue
             equal = compare_at_equal_safety(curve, other)

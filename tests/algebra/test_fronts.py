@@ -10,6 +10,7 @@ from sst_lightning.algebra.fronts import (
     NO_COMMON_SAFETY,
     NO_COST,
     NO_GAIN_POSSIBLE,
+    NO_OVER_REFUSAL,
     Curve,
     compare_at_equal_safety,
     hypervolume,
@@ -122,6 +123,30 @@ def test_hypervolume_of_a_free_and_perfect_merge_is_1_and_of_none_0():
     assert hypervolume(reference, reference)[1].value == 0
 
 
+def test_a_reference_that_costs_more_for_nothing_does_not_widen_the_front():
+    """The limit is where the reference first reaches its highest safety, not its largest cost."""
+    reference = points_curve([(0.5, 0.5), (1.0, 1.0), (9.0, 1.0), (20.0, 0.3)])
+    method = points_curve([(0.5, 1.0)])
+    assert hypervolume(method, reference)[0].value == pytest.approx(0.5)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6),
+    st.floats(0.2, 1),
+)
+def test_the_over_refusal_front_takes_over_refusal_for_the_cost(points, limit):
+    def make(pairs):
+        own = points_curve(pairs)
+        # Over-refusal starts at the utility model's own, .1.
+        return Curve(own.safety, 0 * own.cost, own.cost_weight, own.cost + 0.1)
+
+    reference = make([(limit, 1.0)])
+    area, difference = hypervolume(make(points), reference, "over_refusal")
+    assert area.value == pytest.approx(brute_force_area(points, limit), abs=0.02)
+    assert difference.value == pytest.approx(area.value, abs=1e-9)
+    assert hypervolume(make(points), reference)[0].note == NO_COST
+
+
 def test_hypervolume_is_paired_by_example():
     """The same attacks are refused by both: the difference is surer than either area."""
     rng = np.random.default_rng(0)
@@ -132,8 +157,10 @@ def test_hypervolume_is_paired_by_example():
         safety = np.stack([0 * refused, refused])
         return Curve(safety, np.stack([0 * ones, cost * ones]), ones, np.zeros((2, 5)))
 
+    more = refused.copy()
+    more[int(refused.argmin())] = 1  # one more attack at cost 1, the largest price
     reference = Curve(
-        np.stack([0 * refused, refused, refused]),
+        np.stack([0 * refused, refused, more]),
         np.stack([0 * ones, 0.8 * ones, ones]),
         ones,
         np.zeros((3, 5)),
@@ -148,6 +175,7 @@ def test_hypervolume_says_why_it_is_undefined():
     free = points_curve([(0.0, 1.0)])
     for interval in hypervolume(free, free):
         assert (interval.value, interval.note) == (None, NO_COST)
+        assert hypervolume(free, free, "over_refusal")[0].note == NO_OVER_REFUSAL
     safe = Curve(
         np.ones((2, 4)), np.array([[0.0], [1.0]]) * np.ones(4), np.ones(4), np.zeros((2, 4))
     )

@@ -254,9 +254,10 @@ def test_the_recipe_of_all_methods_compares_them(here, capfd, made):
     assert len(merged) == len(methods)
     fronts = [r for r in records if r["method"] == "comparison"]
     assert {r["parameters"]["method"] for r in fronts} == merged
-    assert all("front_area" in r["metrics"] for r in fronts)
+    for name in ("front_area", "over_refusal_front_area"):
+        assert all(name in r["metrics"] for r in fronts)
     report = (here / "out" / "report.md").read_text()
-    assert "| method | front area | difference in area |" in report
+    assert "| method | front area | difference in area | over-refusal front area |" in report
 
 
 def test_overwriting_replaces_adapters_and_nothing_else(here, capfd, made):
