@@ -1,8 +1,8 @@
 """Merging PEFT folders into one, module by module, without the base model.
 
-Inputs are read from safetensors when their module is merged, so memory is needed for one module of
-the inputs and their Fishers, and for the merged adapter. Nothing is measured here: a merge is made
-of Fishers that ``sst-merge validate`` has collected, or of none.
+Inputs are read from safetensors when their module is merged, and with a store on disk so is the
+result when it is saved: memory is needed for one module, whatever the number of layers. Nothing is
+measured here: a merge is made of Fishers that ``sst-merge validate`` has collected, or of none.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
 from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import FisherError, SSTMergeError
 from sst_lightning.algebra.fisher_file import FisherStatistics, streamed_mix
-from sst_lightning.algebra.methods.base import Merged, MergeMethod, Progress
+from sst_lightning.algebra.methods.base import Merged, MergeMethod, Progress, Store
 from sst_lightning.algebra.methods.problem import MergeProblem
 from sst_lightning.algebra.rank import EXACT, RankRule
 
@@ -28,6 +28,7 @@ def merge_folders(
     utility_weights: Sequence[float] = (),
     fisher: str | Path | None = None,
     progress: Progress = iter,
+    store: Store | None = None,
 ) -> Merged:
     """Merge adapter folders.
 
@@ -40,9 +41,10 @@ def merge_folders(
         utility_weights: weight of each utility adapter; 1 each when empty.
         fisher: folder of Fisher files, for a method that uses them.
         progress: wraps the names of the modules, such as ``tqdm``.
+        store: where merged modules are kept, such as a ``FactorStore``; in memory when not given.
 
     Returns:
-        The merged adapter, in memory; ``merged.adapter.save(folder)`` writes it.
+        The merged adapter; ``merged.adapter.save(folder)`` writes it.
 
     Raises:
         SSTMergeError: adapters, weights, method and Fishers do not fit each other.
@@ -65,7 +67,7 @@ def merge_folders(
     if not method.requires_fisher:
         if fisher is not None:
             raise SSTMergeError(f"{method.name} uses no Fishers: leave --fisher out")
-        return method.merge(problem, alpha, rule, progress)
+        return method.merge(problem, alpha, rule, progress, store)
     if fisher is None:
         raise SSTMergeError(
             f"{method.name} uses Fishers: give --fisher, a folder of sst-merge validate"
@@ -78,7 +80,7 @@ def merge_folders(
         streamed_mix(method.utility_mixture(statistics, {})),
         statistics["safety"].modules,
     )
-    return method.merge(problem, alpha, rule, progress)
+    return method.merge(problem, alpha, rule, progress, store)
 
 
 def load_fishers(

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from jsonargparse import ArgumentParser, lazy_instance
@@ -105,6 +106,7 @@ def merge_files(
     """
     from rich.progress import track
 
+    from sst_lightning.algebra.factor_store import FactorStore
     from sst_lightning.algebra.streaming import merge_folders
 
     refuse_overwrite(output, overwrite)
@@ -115,24 +117,30 @@ def merge_files(
         raise SSTMergeError(f"{method.name} does not use the safety adapter: it has no alpha")
     rule, weights = RankRule(rank, energy), tuple(utility_weights or ())
     alpha = 1.0 if alpha is None else alpha
-    merged = merge_folders(
-        utility, safety, method, alpha, rule, weights, fisher,
-        lambda names: track(list(names), description=f"merging by {method.label()}"),
-    )  # fmt: skip
-    adapters = [LoraAdapter.open(path) for path in (*utility, safety)]
-    recipe = merge_recipe(
-        method,
-        alpha if method.uses_alpha else None,
-        rule,
-        merged,
-        adapters,
-        weights or (1.0,) * len(utility),
-    )
-    with atomic_folder(Path(output)) as temporary:
-        merged.adapter.save(temporary, overwrite=True)
-        write_recipe(recipe, temporary)
+    folder = Path(output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output: there must be room for the result there in any case.
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        merged = merge_folders(
+            utility, safety, method, alpha, rule, weights, fisher,
+            lambda names: track(list(names), description=f"merging by {method.label()}"),
+            FactorStore(Path(scratch)),
+        )  # fmt: skip
+        adapters = [LoraAdapter.open(path) for path in (*utility, safety)]
+        recipe = merge_recipe(
+            method,
+            alpha if method.uses_alpha else None,
+            rule,
+            merged,
+            adapters,
+            weights or (1.0,) * len(utility),
+        )
+        with atomic_folder(folder) as temporary:
+            merged.adapter.save(temporary, overwrite=True)
+            write_recipe(recipe, temporary)
+        rank = merged.adapter.rank
     lost = f", all but {100 * merged.discarded:.2g} % of ‖ΔW‖²" if merged.discarded else ""
-    print(f"{output}: rank {merged.adapter.rank}{lost}")
+    print(f"{output}: rank {rank}{lost}")
 
 
 def methods(name: str | None = None, markdown: bool = False) -> None:

@@ -6,6 +6,7 @@ import torch
 from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import FisherError, SSTMergeError
+from sst_lightning.algebra.factor_store import FactorStore
 from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, mix
 from sst_lightning.algebra.methods import METHODS, SST, MergeProblem, TaskArithmetic
 from sst_lightning.algebra.rank import EXACT, RankRule
@@ -150,3 +151,39 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
         merge_folders(utility[::-1], safety, SST(iterations=0), fisher=tmp_path)
     with pytest.raises(FisherError, match="estimator 'exact', but the method uses 'kfac'"):
         merge_folders(utility, safety, METHODS["regmean"](), fisher=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ties", "task_arithmetic", "sst"])
+def test_a_store_on_disk_gives_the_same_merge(name, folders, tmp_path):
+    method = METHODS[name](**({"iterations": 0} if name == "sst" else {}))
+    arguments = {"rule": RankRule("full")}
+    if name == "sst":
+        save_fishers(folders, tmp_path / "fisher")
+        arguments["fisher"] = tmp_path / "fisher"
+    expected = merge_folders(folders[:-1], folders[-1], method, 0.7, **arguments)
+    (tmp_path / "store").mkdir()
+    store = FactorStore(tmp_path / "store")
+    found = merge_folders(folders[:-1], folders[-1], method, 0.7, **arguments, store=store)
+    assert found.adapter.factors is store
+    assert len(list((tmp_path / "store").iterdir())) == len(NAMES)
+    assert_same_merge(found, expected)
+    for adapter, path in ((found.adapter, "found"), (expected.adapter, "expected")):
+        adapter.save(tmp_path / path)
+    weights = [(tmp_path / path / "adapter_model.safetensors") for path in ("found", "expected")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_store_is_a_mapping(tmp_path):
+    store = FactorStore(tmp_path)
+    first, second, third = (random_lora(seed, names=("m",)).factors["m"] for seed in (1, 2, 3))
+    store["a"], store["b"] = first, second
+    del store["a"]
+    store["c"], store["b"] = first, third
+    assert list(store) == ["b", "c"]
+    assert len(list(tmp_path.iterdir())) == 2
+    for name, expected in (("b", third), ("c", first)):
+        assert store[name].scaling == expected.scaling
+        assert torch.equal(store[name].A, expected.A)
+        assert torch.equal(store[name].B, expected.B)
+    with pytest.raises(KeyError):
+        store["a"]

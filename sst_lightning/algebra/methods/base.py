@@ -7,7 +7,7 @@ know of all modules first (a threshold over the whole adapter, a global eigenpro
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from inspect import signature
@@ -25,6 +25,8 @@ from sst_lightning.algebra.rank import EXACT, RankRule, truncate_dense, truncate
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 """Wraps an iterable of module names, to show how far it is."""
+Store = MutableMapping[str, LoraFactors]
+"""Keeps the merged modules: a dictionary, or files."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class MergeMethod(ABC):
         alpha: float,
         rule: RankRule = EXACT,
         progress: Progress = iter,
+        store: Store | None = None,
     ) -> Merged:
         """Merge all modules.
 
@@ -112,8 +115,9 @@ class MergeMethod(ABC):
             alpha: weight of the safety adapter.
             rule: rank of the result.
             progress: wraps the names of the modules, such as ``tqdm``.
+            store: where merged modules are kept; in memory when not given.
         """
-        return self.merge_prepared(problem, self.prepare(problem), alpha, rule, progress)
+        return self.merge_prepared(problem, self.prepare(problem), alpha, rule, progress, store)
 
     def merge_prepared(
         self,
@@ -122,6 +126,7 @@ class MergeMethod(ABC):
         alpha: float,
         rule: RankRule = EXACT,
         progress: Progress = iter,
+        store: Store | None = None,
     ) -> Merged:
         """Merge all modules, for one of several α that share ``prepared``."""
         return joined(
@@ -130,6 +135,7 @@ class MergeMethod(ABC):
                 (name, *self.merge_module(problem.module(name, alpha), prepared, rule))
                 for name in progress(problem.space.bases)
             ),
+            store,
         )
 
     def utility_mixture(
@@ -226,16 +232,18 @@ class AdditiveMethod(CoreMethod):
         alpha: float,
         rule: RankRule = EXACT,
         progress: Progress = iter,
+        store: Store | None = None,
     ) -> Merged:
         """Merge all modules; a filter by module sees one module's Fishers at a time."""
         if not self.by_module:
-            return super().merge(problem, alpha, rule, progress)
+            return super().merge(problem, alpha, rule, progress, store)
 
         def one(name: str) -> tuple[LoraFactors, float]:
             part = problem.only(name)
             return self.merge_module(part.module(name, alpha), self.prepare(part), rule)
 
-        return joined(problem, ((name, *one(name)) for name in progress(problem.space.bases)))
+        parts = ((name, *one(name)) for name in progress(problem.space.bases))
+        return joined(problem, parts, store)
 
     @property
     def by_module(self) -> bool:
@@ -291,14 +299,19 @@ class EntrywiseMethod(MergeMethod):
         return truncate_dense(merged, rule, module.sum_of_ranks)
 
 
-def joined(problem: MergeProblem, parts: Iterable[tuple[str, LoraFactors, float]]) -> Merged:
+def joined(
+    problem: MergeProblem,
+    parts: Iterable[tuple[str, LoraFactors, float]],
+    store: Store | None = None,
+) -> Merged:
     """Put the merged modules together.
 
     Args:
         problem: gives the name of the base model.
         parts: name, factors and discarded share of each module.
+        store: where the factors are kept; in memory when not given.
     """
-    factors: dict[str, LoraFactors] = {}
+    factors: Store = {} if store is None else store
     discarded: dict[str, float] = {}
     for name, merged, share in parts:
         factors[name], discarded[name] = merged, share
