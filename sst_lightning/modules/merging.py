@@ -12,7 +12,7 @@ from callbacks.fisher import FisherCollector
 from sst_lightning.algebra.diagnostics import kept_energy_by_module, spectrum
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.fisher_file import FisherStatistics, mix
-from sst_lightning.algebra.methods import AdditiveMethod, MergeMethod, MergeProblem
+from sst_lightning.algebra.methods import AdditiveMethod, CoreMethod, MergeMethod, MergeProblem
 from sst_lightning.algebra.streaming import FISHER_NAMES
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.merge import MergeModule
@@ -77,8 +77,8 @@ class Merger:
     def prepare(self, method: MergeMethod) -> tuple[Any, MergeProblem]:
         """Compute what does not depend on α, re-taking F_u at the merge ``iterations`` times.
 
-        The Fishers of an iteration are taken at utility + ``method.iteration_alpha`` · filtered
-        (DESIGN.md section 2, "iterated"), so the result does not depend on the final α.
+        The Fishers of an iteration are taken at the merge with ``method.iteration_alpha``, so the
+        result does not depend on the final α.
 
         Returns:
             What the method prepared and the problem of the last iteration.
@@ -86,13 +86,13 @@ class Merger:
         problem = self.problem(method)
         prepared = method.prepare(problem)
         for iteration in range(method.iterations):
-            assert isinstance(method, AdditiveMethod)
+            assert isinstance(method, CoreMethod)
             rank_zero_info(
                 f"{method.name}: utility Fisher at merge {iteration + 1} of {method.iterations}"
             )
             self.model.merge_core = {
-                name: core + method.iteration_alpha * prepared[name]
-                for name, core in self.model.utility_core.items()
+                name: method.merge_core(problem.module(name, method.iteration_alpha), prepared)
+                for name in problem.space.bases
             }
             names = [name for name in self.datamodule.fisher_rows() if name != "safety"]
             at_merge = self._collect(method.estimator, dict.fromkeys(names, "merge"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sst_lightning.algebra.core import CoreSpace
-from sst_lightning.algebra.methods import SST
+from sst_lightning.algebra.methods import SST, SSTSpectral
 from sst_lightning.algebra.methods.curvature import FisherAveraging, RegMean
 from sst_lightning.algebra.methods.published import SSTPublished
 from tests.algebra.builders import random_lora
@@ -27,6 +27,8 @@ METHODS = [
     SSTPublished(k=20),
     SST(estimator="ekfac"),
     SST(estimator="vila"),
+    SSTSpectral(),
+    SSTSpectral("subspace_boosting", estimator="diagonal"),
 ]
 IDS = [method.label() for method in METHODS]
 NAMES = ("layers.0.q_proj", "layers.1.down_proj")
@@ -81,7 +83,7 @@ def test_single_adapter(method):
     problem, _ = calibrated([utility, safety], method.estimator)
     merged = deltas(method.merge(problem, 0.7))
     expected = {name: factors.delta() for name, factors in utility.factors.items()}
-    if isinstance(method, SST | SSTPublished):
+    if isinstance(method, SST | SSTPublished | SSTSpectral):
         assert_same(merged, expected)
         return
     assert_same(deltas(method.merge(problem, 0.0)), expected)

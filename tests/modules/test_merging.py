@@ -18,6 +18,7 @@ from sst_lightning.algebra.methods import (
     ConsensusTaskArithmetic,
     CoreMethod,
     FisherAveraging,
+    SSTSpectral,
 )
 from sst_lightning.data import Alpaca
 from sst_lightning.modules import comparison as comparison_file
@@ -178,6 +179,17 @@ def test_the_second_iteration_starts_from_the_first_ones_merge(inputs):
     for name, core in merger.model.utility_core.items():
         torch.testing.assert_close(point[name], core + 2.0 * plain[name])
     assert cores.keys() == point.keys()
+
+
+def test_a_method_that_depends_on_alpha_otherwise_is_iterated_at_its_own_merge(inputs):
+    _, problem, merger = filtered(inputs, SSTSpectral(iterations=1, iteration_alpha=2.0))
+    assert merger.passes[1:] == [{"utility": "merge", "harmless": "merge"}]
+    _, before, _ = filtered(inputs, SSTSpectral())
+    for name, core in merger.model.merge_core.items():
+        expected = SSTSpectral().merge_core(before.module(name, 2.0), None)
+        torch.testing.assert_close(core, expected)
+        again = SSTSpectral().merge_core(problem.module(name, 2.0), None)
+        assert not torch.allclose(again, expected, rtol=1e-3)
 
 
 def test_fisher_files_of_validate_give_the_merge_of_collecting(inputs, tmp_path):

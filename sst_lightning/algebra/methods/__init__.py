@@ -27,6 +27,7 @@ from sst_lightning.algebra.methods.safe_lora import SafeLoRA, SafeMERGE
 from sst_lightning.algebra.methods.sparse import TIES, MagnitudePruning
 from sst_lightning.algebra.methods.spectral import IsoC, TSVMerge
 from sst_lightning.algebra.methods.sst import SST
+from sst_lightning.algebra.methods.sst_spectral import SSTSpectral
 
 METHODS: dict[str, type[MergeMethod]] = {
     method.name: method
@@ -46,6 +47,7 @@ METHODS: dict[str, type[MergeMethod]] = {
         IsoC,
         SubspaceBoosting,
         SST,
+        SSTSpectral,
         SSTPublished,
         FisherAveraging,
         RegMean,
@@ -83,6 +85,7 @@ __all__ = [
     "ModuleProblem",
     "RegMean",
     "SSTPublished",
+    "SSTSpectral",
     "SafeLoRA",
     "SafeMERGE",
     "SubspaceBoosting",

@@ -166,7 +166,7 @@ class SST(AdditiveMethod):
             filtered = self._global(cores, safety, utility)
         else:
             filtered = {
-                name: self._module(name, core, safety[name], utility[name])
+                name: self.filter_module(name, core, safety[name], utility[name])
                 for name, core in cores.items()
             }
         result: Cores = {}
@@ -175,6 +175,22 @@ class SST(AdditiveMethod):
             part = self.residual_ratio * core + (1 - self.residual_ratio) * part
             result[name] = layer_weight(name, self.patterns) * part
         return result
+
+    def filter_module(
+        self, name: str, core: Tensor, safety: ModuleFisher, utility: ModuleFisher
+    ) -> Tensor:
+        """Return what the filter leaves of ``core``, (p, q), in one module.
+
+        Raises:
+            FisherError: the Fishers are zero or do not fit; names the module.
+        """
+        try:
+            if self.filter == "soft":
+                return soft_filter(core, safety, utility, self.mu, self.rho, self.solver)
+            eigen = solve(safety, utility, self.damping, self.solver)
+            return hard_filter(core, eigen, self.k, self.projector)
+        except FisherError as error:
+            raise FisherError(f"module '{name}': {error}") from error
 
     def utility_mixture(
         self, at_adapters: Mapping[str, FisherStatistics], at_merge: Mapping[str, FisherStatistics]
@@ -222,17 +238,6 @@ class SST(AdditiveMethod):
         if self.filter == "soft":
             return {**common, "mu": self.mu, "rho": self.rho}
         return {**common, "k": self.k, "projector": self.projector, "damping": self.damping}
-
-    def _module(
-        self, name: str, core: Tensor, safety: ModuleFisher, utility: ModuleFisher
-    ) -> Tensor:
-        try:
-            if self.filter == "soft":
-                return soft_filter(core, safety, utility, self.mu, self.rho, self.solver)
-            eigen = solve(safety, utility, self.damping, self.solver)
-            return hard_filter(core, eigen, self.k, self.projector)
-        except FisherError as error:
-            raise FisherError(f"module '{name}': {error}") from error
 
     def _global(
         self,
