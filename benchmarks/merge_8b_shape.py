@@ -2,10 +2,13 @@
 
 python benchmarks/merge_8b_shape.py --folder /tmp/merge_8b [--layers 32] [--adapters 2 3]
 
-Every measurement runs in its own process, so that its peak memory (ru_maxrss) is its own. Methods on
-the entries of ΔW run on the first layers only (--dense_layers) and are scaled up to all layers: a
-merge goes module by module, so time is proportional to layers and memory is that of one module.
-PEFT runs its own add_weighted_adapter on the same factors. The last line is one JSON object.
+Every measurement runs in its own process, so that its peak memory (ru_maxrss) is its own. Methods in
+core space run on all layers. Methods on the entries of ΔW, and those that read full weights, run on
+the first layers only (--dense_layers) and their time is scaled up: a merge goes module by module and
+keeps its result on disk, so time is proportional to layers and memory does not depend on them. PEFT
+runs its own add_weighted_adapter on modules of one layer, mergekit on full models of one layer with
+the adapters added to their weights; both are scaled up by the number of modules. The last line is
+one JSON object.
 """
 
 import argparse
@@ -14,138 +17,116 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from hashlib import sha256
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from llama_8b_inputs import (
+    LAYERS,
+    RANK,
+    SEQUENCES,
+    SHAPES,
+    make_adapter,
+    make_fishers,
+    make_model,
+    modules,
+)
 
-from sst_lightning.algebra.adapter import LoraAdapter, LoraFactors
+from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.algebra.core import CoreSpace
+from sst_lightning.algebra.factor_store import FactorStore
 from sst_lightning.algebra.filters import soft_filter
 from sst_lightning.algebra.fisher import ExactFisher
-from sst_lightning.algebra.fisher_file import FORMAT
-from sst_lightning.algebra.lazy import LazyMapping
-from sst_lightning.algebra.methods import (
-    DARE,
-    SST,
-    TIES,
-    MergeMethod,
-    MergeProblem,
-    TaskArithmetic,
-)
+from sst_lightning.algebra.methods import METHODS, MergeMethod, MergeProblem, TaskArithmetic
 from sst_lightning.algebra.rank import EXACT, RankRule
 from sst_lightning.algebra.streaming import merge_folders
-from sst_lightning.algebra.tensor_file import write_tensors
 
-LAYERS, RANK, SEQUENCES = 32, 32, 256
-SHAPES = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
+
+@dataclass(frozen=True)
+class Job:
+    """One merge of ours.
+
+    Attributes:
+        make: the method, given the folder of full models.
+        rule: rank of the result.
+        dense: whether it needs whole weight matrices, so that only the first layers are merged.
+    """
+
+    make: Callable[[Path], MergeMethod]
+    rule: RankRule = EXACT
+    dense: bool = False
+
+
+def job(name: str, dense: bool = False, rule: RankRule = EXACT, **parameters: object) -> Job:
+    return Job(lambda models: METHODS[name](**parameters), rule, dense)
+
+
+def models_job(name: str) -> Job:
+    def make(models: Path) -> MergeMethod:
+        return METHODS[name](aligned=str(models / "model1"), unaligned=str(models / "base"))
+
+    return Job(make, EXACT, True)
+
+
+HEADLINE = {
+    "task_arithmetic": job("task_arithmetic"),
+    "task_arithmetic_r32": job("task_arithmetic", rule=RankRule(RANK)),
+    "sst": job("sst", iterations=0, harmless_share=0.0),
+    "ties": job("ties", dense=True, definition="mergekit"),
+    "ties_whole_model": job("ties", dense=True),
+    "dare": job("dare", dense=True),
 }
-JOBS: dict[str, tuple[MergeMethod, RankRule, bool]] = {
-    # Name: method, rank, and whether only the first layers are merged.
-    "task_arithmetic": (TaskArithmetic(), EXACT, False),
-    "task_arithmetic_r32": (TaskArithmetic(), RankRule(RANK), False),
-    "sst": (SST(iterations=0, harmless_share=0.0), EXACT, False),
-    "ties": (TIES(definition="mergekit"), EXACT, True),
-    "ties_whole_model": (TIES(definition="paper"), EXACT, True),
-    "dare": (DARE(), EXACT, True),
+"""Measured for every number of adapters."""
+OTHERS = {
+    "ties, --rank full": job("ties", dense=True, rule=RankRule("full")),
+    **{
+        name: job(name, dense=True)
+        for name in (
+            "magnitude_pruning",
+            "dare_ties",
+            "consensus_task_arithmetic",
+            "consensus_ties",
+            "knots",
+        )
+    },
+    "safe_lora": models_job("safe_lora"),
+    "safe_merge": models_job("safe_merge"),
+    **{
+        name: job(name)
+        for name in ("weight_averaging", "expo", "tsv_merge", "iso_c", "subspace_boosting", "resta")
+    },
+    "sst hard": job("sst", filter="hard", iterations=0, harmless_share=0.0),
+    "sst global": job("sst", scope="global", iterations=0, harmless_share=0.0),
+    "sst_spectral": job("sst_spectral", harmless_share=0.0),
+    **{name: job(name) for name in ("sst_published", "fisher_averaging", "alignguard")},
+}
+"""Measured for the smallest number of adapters; RegMean takes other Fishers and is left out."""
+PEFT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+"""One module of each shape (gate and up are down's transpose)."""
+SHAPE_COUNT = Counter(tuple(sorted(shape)) for shape in SHAPES.values())
+MERGEKIT = {
+    "ties": {"merge_method": "ties", "parameters": {"density": 0.2, "weight": 1.0}},
+    "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"weight": 1.0}},
 }
 
 
-def modules(layers: int) -> dict[str, tuple[int, int]]:
-    return {
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(layers)
-        for name, shape in SHAPES.items()
-    }
-
-
-def make_adapter(folder: Path, seed: int, layers: int) -> None:
-    if folder.exists():
-        return
-
-    def factors(name: str) -> LoraFactors:
-        d_out, d_in = shapes[name]
-        generator = torch.Generator().manual_seed(hash_of(f"{seed} {name}"))
-        a, b = (torch.randn(*s, generator=generator) for s in ((RANK, d_in), (d_out, RANK)))
-        return LoraFactors(0.02 * a, 0.02 * b, 1.0)
-
-    shapes = modules(layers)
-    LoraAdapter(LazyMapping(shapes, factors), "random/llama-3.1-8b").save(folder)
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(sha256(text.encode()).digest()[:6], "little")
-
-
-def make_fishers(folder: Path, adapters: list[Path], layers: int) -> None:
-    """Random samples in the core space of the adapters, written as sst-merge validate does."""
-    inputs = [LoraAdapter.open(path) for path in adapters]
-    space = CoreSpace.streamed(inputs)
-    size = RANK * len(adapters)
-    fingerprints = [adapter.fingerprint for adapter in inputs]
-    for number, name in enumerate(("utility", "safety")):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for module, (d_out, d_in) in modules(layers).items():
-            shapes |= {
-                f"q_out/{module}": (d_out, size),
-                f"q_in/{module}": (d_in, size),
-                f"samples/{module}": (SEQUENCES, size, size),
-                f"weights/{module}": (SEQUENCES,),
-                f"scale/{module}": (),
-            }
-
-        def tensors(number: int = number) -> Iterator[tuple[str, Tensor]]:
-            for module in modules(layers):
-                basis = space.bases[module]
-                generator = torch.Generator().manual_seed(hash_of(f"{number} {module}"))
-                # Uneven over the coordinates, as gradients are.
-                scale = torch.rand(size, 1, generator=generator) * torch.rand(
-                    1, size, generator=generator
-                )
-                samples = scale * torch.randn(SEQUENCES, size, size, generator=generator)
-                yield f"q_out/{module}", basis.q_out
-                yield f"q_in/{module}", basis.q_in
-                yield f"samples/{module}", samples
-                yield f"weights/{module}", torch.ones(SEQUENCES)
-                yield f"scale/{module}", torch.tensor(1.0)
-
-        metadata = {
-            "base_model": "random/llama-3.1-8b",
-            "base_fingerprint": "none",
-            "adapter_fingerprints": fingerprints,
-            "data_name": name,
-            "data_fingerprint": "none",
-            "count": SEQUENCES,
-            "estimator": "exact",
-            "point": "safety" if name == "safety" else f"utility {[1.0] * (len(adapters) - 1)}",
-        }
-        header = {"format": FORMAT, "metadata": json.dumps(metadata)}
-        write_tensors(path, shapes, tensors(), header)
-
-
-def job_merge(name: str, folders: list[Path], fisher: Path, output: Path) -> dict[str, float]:
+def job_merge(
+    name: str, folders: list[Path], fisher: Path, output: Path, models: Path
+) -> dict[str, float]:
     """One merge from files to a file."""
-    method, rule, _ = JOBS[name]
+    wanted = (HEADLINE | OTHERS)[name]
+    method = wanted.make(models)
     start = time.perf_counter()
-    merged = merge_folders(
-        folders[:-1], folders[-1], method, 1.0, rule,
-        fisher=fisher if method.requires_fisher else None,
-    )  # fmt: skip
-    merged.adapter.save(output, overwrite=True)
+    with TemporaryDirectory(dir=output.parent) as scratch:
+        merged = merge_folders(
+            folders[:-1], folders[-1], method, 1.0, wanted.rule,
+            fisher=fisher if method.requires_fisher else None, store=FactorStore(Path(scratch)),
+        )  # fmt: skip
+        merged.adapter.save(output, overwrite=True)
     return {"seconds": time.perf_counter() - start, "discarded": merged.discarded}
 
 
@@ -173,6 +154,28 @@ def job_peft(folders: list[Path], name: str, combination: str) -> dict[str, floa
     merged = method.merge(problem, 1.0)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "error": _error(adapters, merged.adapter, name)}
+
+
+def job_mergekit(folders: list[Path], models: Path, name: str, output: Path) -> dict[str, float]:
+    """Merge full models, one for each adapter, by mergekit."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    configuration = {
+        **MERGEKIT[name],
+        "base_model": str(models / "base"),
+        "models": [{"model": str(models / f"model{number}")} for number in range(len(folders))],
+        "dtype": "float32",
+    }
+    start = time.perf_counter()
+    with TemporaryDirectory(dir=output.parent) as scratch:
+        run_merge(
+            MergeConfiguration.model_validate(configuration),
+            scratch,
+            MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False),
+        )
+    return {"seconds": time.perf_counter() - start}
 
 
 def job_parts(folders: list[Path], layers: int) -> dict[str, float]:
@@ -217,6 +220,16 @@ def job_floor(folders: list[Path], fisher: Path, output: Path) -> dict[str, floa
     return {"seconds": seconds, "read_gib": read / 2**30, "written_gib": size / 2**30}
 
 
+JOBS: dict[str, Callable[..., dict[str, float]]] = {
+    "merge": job_merge,
+    "truncate": job_truncate,
+    "peft": job_peft,
+    "mergekit": job_mergekit,
+    "parts": job_parts,
+    "floor": job_floor,
+}
+
+
 def _module(folders: list[Path], name: str) -> list[LoraAdapter]:
     return [LoraAdapter({name: LoraAdapter.open(path).factors[name]}) for path in folders]
 
@@ -227,31 +240,155 @@ def _error(adapters: list[LoraAdapter], merged: LoraAdapter, name: str) -> float
     return float((merged.factors[name].delta() - exact).norm() / exact.norm())
 
 
-def measure(job: str, **arguments: object) -> dict[str, float]:
+def measure(job_name: str, /, **arguments: object) -> dict[str, float]:
     """Run a job in a process of its own."""
-    command = [sys.executable, __file__, "--job", job, "--arguments", json.dumps(arguments)]
+    command = [sys.executable, __file__, "--job", job_name]
+    command += ["--arguments", json.dumps(arguments, default=str)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise SystemExit(f"{job} failed:\n{result.stderr}")
+        raise SystemExit(f"{job_name} failed:\n{result.stderr}")
     values: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
     shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-    print(f"{job} {json.dumps(arguments)}: {shown}", flush=True)
+    label = [str(arguments[key]) for key in ("name", "combination") if key in arguments]
+    print(f"{job_name} {' '.join(label)}: {shown}", flush=True)
     return values
 
 
-def run_job(job: str, arguments: dict) -> None:
+def run_job(name: str, arguments: dict) -> None:
     folders = [Path(path) for path in arguments.pop("folders")]
-    paths = {k: Path(arguments.pop(k)) for k in ("fisher", "output") if k in arguments}
-    functions = {
-        "merge": job_merge,
-        "truncate": job_truncate,
-        "peft": job_peft,
-        "parts": job_parts,
-        "floor": job_floor,
-    }
-    values = functions[job](folders=folders, **paths, **arguments)  # type: ignore[operator]
+    paths = {k: Path(arguments.pop(k)) for k in ("fisher", "output", "models") if k in arguments}
+    values = JOBS[name](folders=folders, **paths, **arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({**values, "peak_gib": peak}))
+
+
+class Run:
+    """All measurements for one number of adapters.
+
+    Args:
+        count: number of adapters.
+        options: of the command line.
+        summary: gets the figures by name.
+    """
+
+    def __init__(self, count: int, options: argparse.Namespace, summary: dict[str, float]) -> None:
+        self.count = count
+        self.options = options
+        self.summary = summary
+        whole, few = (
+            options.folder / f"{n}-layers" for n in (options.layers, options.dense_layers)
+        )
+        self.whole = [whole / f"adapter{number}" for number in range(count)]
+        self.few = [few / f"adapter{number}" for number in range(count)]
+        self.fisher = whole / f"fisher{count}"
+        self.output = whole / "merged"
+        self.models = few / "models"
+        for number in range(count):
+            make_adapter(self.whole[number], number, options.layers)
+            make_adapter(self.few[number], number, options.dense_layers)
+        make_fishers(self.fisher, self.whole, options.layers)
+        self.scale = options.layers / options.dense_layers
+
+    def note(self, name: str, value: float) -> None:
+        self.summary[f"{name}_{self.count}"] = value
+
+    def merges(self, jobs: dict[str, Job]) -> list[str]:
+        """Rows of our merges; the floor after SST's."""
+        rows = []
+        for name, wanted in jobs.items():
+            folders = self.few if wanted.dense else self.whole
+            values = measure(
+                "merge", name=name, folders=[*map(str, folders)], fisher=self.fisher,
+                output=self.output, models=self.models,
+            )  # fmt: skip
+            seconds = values["seconds"] * (self.scale if wanted.dense else 1)
+            rows.append(
+                f"| {name}{self._scaled(wanted)} | {seconds:.1f} | {values['peak_gib']:.2f} |"
+            )
+            self.note(f"{name}_seconds", seconds)
+            self.note(f"{name}_peak_gib", values["peak_gib"])
+            if name == "sst":
+                rows.append(self._floor())
+        return rows
+
+    def _scaled(self, wanted: Job) -> str:
+        if not wanted.dense:
+            return ""
+        return f" ({self.options.dense_layers} of {self.options.layers} layers, scaled)"
+
+    def _floor(self) -> str:
+        floor = measure(
+            "floor", folders=[*map(str, self.whole)], fisher=self.fisher, output=self.output
+        )
+        self.note("floor_seconds", floor["seconds"])
+        return (
+            f"| floor of sst: read {floor['read_gib']:.1f} GiB, write "
+            f"{floor['written_gib']:.1f} GiB | {floor['seconds']:.1f} | |"
+        )
+
+    def peft(self) -> list[str]:
+        """Rows of one module of each shape, and of all modules by their number."""
+        rows, names = [], [*map(str, self.few)]
+        sums: Counter[str] = Counter()
+        whole: Counter[str] = Counter()
+        for module in PEFT_MODULES:
+            name = f"model.layers.0.{module}"
+            results = {"ours, rank 32": measure("truncate", folders=names, name=name)}
+            for kind in ("svd", "linear", "cat"):
+                results[f"PEFT {kind}"] = measure(
+                    "peft", folders=names, name=name, combination=kind
+                )
+            times = self.options.layers * SHAPE_COUNT[tuple(sorted(SHAPES[module]))]
+            ratio = results["PEFT svd"]["seconds"] / results["ours, rank 32"]["seconds"]
+            self.note(f"truncate_speedup_vs_peft_svd_{module}", ratio)
+            for kind, values in results.items():
+                sums[kind] += values["seconds"]
+                whole[kind] += values["seconds"] * times
+                faster = f", {ratio:,.0f}× slower than ours" if kind == "PEFT svd" else ""
+                rows.append(
+                    f"| {kind}, {module}, error {values['error']:.4f}{faster} | "
+                    f"{values['seconds']:.4f} | {values['peak_gib']:.2f} |"
+                )
+        for kind, seconds in whole.items():
+            rows.append(
+                f"| {kind}, all {7 * self.options.layers} modules (scaled) | {seconds:.1f} | |"
+            )
+            self.note(f"{kind.removeprefix('PEFT ')}_all_modules_seconds", seconds)
+        self.note("truncate_speedup_vs_peft_svd", sums["PEFT svd"] / sums["ours, rank 32"])
+        self.note(
+            "truncate_speedup_vs_peft_svd_all_modules", whole["PEFT svd"] / whole["ours, rank 32"]
+        )
+        return rows
+
+    def mergekit(self) -> list[str]:
+        """Rows of merges of full models."""
+        rows = []
+        for name in MERGEKIT:
+            values = measure(
+                "mergekit", folders=[*map(str, self.few)], models=self.models, name=name,
+                output=self.output,
+            )  # fmt: skip
+            seconds = values["seconds"] * self.scale
+            rows.append(
+                f"| mergekit {name}, full models ({self.options.dense_layers} of "
+                f"{self.options.layers} layers, scaled) | {seconds:.1f} | {values['peak_gib']:.2f} |"
+            )
+            self.note(f"mergekit_{name}_seconds", seconds)
+            self.note(f"mergekit_{name}_peak_gib", values["peak_gib"])
+        return rows
+
+    def make_models(self) -> None:
+        """Write the full models that mergekit and Safe LoRA read."""
+        make_model(self.models / "base", self.options.dense_layers, None)
+        for number, adapter in enumerate(self.few):
+            make_model(self.models / f"model{number}", self.options.dense_layers, adapter)
+
+    def parts(self) -> str:
+        values = measure("parts", folders=[*map(str, self.few)], layers=self.options.dense_layers)
+        values.pop("peak_gib")
+        total = sum(values.values())
+        shares = ", ".join(f"{key} {100 * value / total:.0f} %" for key, value in values.items())
+        return f"\nWhere SST's time goes: {shares}.\n"
 
 
 def main() -> None:
@@ -260,12 +397,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--dense_layers", type=int, default=1)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 3])
-    parser.add_argument(
-        "--peft_modules",
-        nargs="+",
-        default=["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"],
-        help="modules of layer 0 that PEFT merges and we truncate; the speedup is of their sum",
-    )
     parser.add_argument("--job")
     parser.add_argument("--arguments", default="{}")
     options = parser.parse_args()
@@ -274,83 +405,20 @@ def main() -> None:
         return
     summary: dict[str, float] = {"threads": torch.get_num_threads()}
     tables = []
-    for count in options.adapters:
-        root = options.folder / f"{options.layers}-layers"
-        small = options.folder / f"{options.dense_layers}-layers"
-        whole = [root / f"adapter{number}" for number in range(count)]
-        few = [small / f"adapter{number}" for number in range(count)]
-        for number in range(count):
-            make_adapter(whole[number], number, options.layers)
-            make_adapter(few[number], number, options.dense_layers)
-        fisher = root / f"fisher{count}"
-        make_fishers(fisher, whole, options.layers)
-        output = root / "merged"
+    for index, count in enumerate(options.adapters):
+        run = Run(count, options, summary)
+        run.make_models()
         rows = [f"### {count} adapters\n", "| merge | seconds | peak GiB |", "|---|---|---|"]
-        for name, (_, _, dense) in JOBS.items():
-            folders = few if dense else whole
-            values = measure(
-                "merge", name=name, folders=[str(f) for f in folders], fisher=str(fisher),
-                output=str(output),
-            )  # fmt: skip
-            scale = options.layers / options.dense_layers if dense else 1
-            note = f" ({options.dense_layers} of {options.layers} layers, scaled)" if dense else ""
-            if dense:
-                # The result of the other layers would be in memory too.
-                result = (output / "adapter_model.safetensors").stat().st_size / 2**30
-                values["peak_gib"] += (scale - 1) * result
-            rows.append(
-                f"| {name}{note} | {scale * values['seconds']:.1f} | {values['peak_gib']:.2f} |"
-            )
-            summary[f"{name}_seconds_{count}"] = scale * values["seconds"]
-            summary[f"{name}_peak_gib_{count}"] = values["peak_gib"]
-            if name == "sst":
-                floor = measure(
-                    "floor", folders=[str(f) for f in whole], fisher=str(fisher),
-                    output=str(output),
-                )  # fmt: skip
-                rows.append(
-                    f"| floor of sst: read {floor['read_gib']:.1f} GiB, write "
-                    f"{floor['written_gib']:.1f} GiB | {floor['seconds']:.1f} | |"
-                )
-                summary[f"floor_seconds_{count}"] = floor["seconds"]
-        names = [str(folder) for folder in few]
-        sums = dict.fromkeys(("ours", "linear", "cat", "svd"), 0.0)
-        for module in options.peft_modules:
-            name = f"model.layers.0.{module}"
-            ours = measure("truncate", folders=names, name=name)
-            sums["ours"] += ours["seconds"]
-            for combination in ("linear", "cat", "svd"):
-                theirs = measure("peft", folders=names, name=name, combination=combination)
-                sums[combination] += theirs["seconds"]
-                rows.append(
-                    f"| PEFT {combination}, {module}, error {theirs['error']:.4f} | "
-                    f"{theirs['seconds']:.3f} | {theirs['peak_gib']:.2f} |"
-                )
-            rows.append(
-                f"| ours, rank {RANK}, {module}, error {ours['error']:.4f} | "
-                f"{ours['seconds']:.4f} | {ours['peak_gib']:.2f} |"
-            )
-        for combination in ("linear", "cat", "svd"):
-            summary[f"peft_{combination}_seconds_{count}"] = sums[combination]
-        summary[f"truncate_seconds_{count}"] = sums["ours"]
-        summary[f"truncate_speedup_vs_peft_svd_{count}"] = sums["svd"] / sums["ours"]
-        parts = measure("parts", folders=names, layers=options.dense_layers)
-        total = sum(value for key, value in parts.items() if key != "peak_gib")
-        shares = ", ".join(
-            f"{key} {100 * value / total:.0f} %"
-            for key, value in parts.items()
-            if key != "peak_gib"
-        )
-        rows.append(f"\nWhere SST's time goes: {shares}.\n")
+        rows += run.merges(HEADLINE) + run.mergekit() + run.peft()
+        rows.append(run.parts())
+        if index == 0:
+            rows += ["Every other method:\n", "| merge | seconds | peak GiB |", "|---|---|---|"]
+            rows += [*run.merges(OTHERS), ""]
         tables.append("\n".join(rows))
     print("\n" + "\n".join(tables))
     first = options.adapters[0]
-    summary |= {
-        "truncate_speedup_vs_peft_svd": summary[f"truncate_speedup_vs_peft_svd_{first}"],
-        "sst_seconds": summary[f"sst_seconds_{first}"],
-        "sst_peak_gib": summary[f"sst_peak_gib_{first}"],
-        "ties_peak_gib": summary[f"ties_peak_gib_{first}"],
-    }
+    for name in ("truncate_speedup_vs_peft_svd", "sst_seconds", "sst_peak_gib", "ties_peak_gib"):
+        summary[name] = summary[f"{name}_{first}"]
     print(json.dumps(summary))
 
 

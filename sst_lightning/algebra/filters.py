@@ -79,7 +79,7 @@ def soft_filter_dual(
 ) -> Tensor:
     """Soft filter in the span of the samples: δ_s − μ (F_s+ρI+μF_u)⁻¹ F_u δ_s.
 
-    With X = [S; √μ U]: √μ (XᵀX + ρI)⁻¹ Uᵀ = Xᵀ(XXᵀ + ρI)⁻¹ E_u, E_u the columns of U's rows.
+    With V = √μ U and X = [S; V]: (XᵀX + ρI)⁻¹ Vᵀ = Xᵀ(XXᵀ + ρI)⁻¹ E_u, E_u the columns of V's rows.
     Nothing is subtracted but the correction itself, and ρ is of the order of the mean eigenvalue,
     so this is well conditioned, unlike the GEVP with a tiny damping.
 
@@ -90,9 +90,11 @@ def soft_filter_dual(
         mu: weight of utility.
         rho: ridge, > 0.
     """
-    stacked = torch.cat([safety, math.sqrt(mu) * utility])
-    weights = dual_weights(lower_gram(stacked), utility @ delta, rho)
-    return delta - math.sqrt(mu) * (stacked.T @ weights)
+    # At 8B shape another copy of the samples would cost as much as the solve.
+    stacked = torch.cat([safety, utility])
+    scaled = stacked[len(safety) :].mul_(math.sqrt(mu))
+    weights = dual_weights(lower_gram(stacked), scaled @ delta, rho)
+    return delta - stacked.T @ weights
 
 
 def lower_gram(samples: Tensor) -> Tensor:

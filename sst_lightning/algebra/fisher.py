@@ -46,7 +46,9 @@ class ExactFisher(ModuleFisher):
 
     def factor(self) -> Tensor:
         """Return X, (N, pq) fp64, with F = XᵀX."""
-        return self.samples.double().flatten(1) * self.shares().sqrt()[:, None]
+        # A copy in any case, also of fp64 samples: it is scaled in place.
+        factor = self.samples.to(torch.float64, copy=True).flatten(1)
+        return factor.mul_(self.shares().sqrt()[:, None])
 
     def shares(self) -> Tensor:
         """Return the weight of each sample in F, scale · w_n / Σ w, (N,) fp64."""
