@@ -1,4 +1,4 @@
-"""Core space: small exact coordinates of a set of adapters (DESIGN.md section 2)."""
+"""Core space: small exact coordinates of a set of adapters (docs/mathematics.md section 2)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

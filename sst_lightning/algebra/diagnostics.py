@@ -39,7 +39,7 @@ def spectrum(
 ) -> dict[str, list[float]] | None:
     """Compare generalised eigenvalues with their Rayleigh quotients on sequences not used for them.
 
-    In-sample eigenvalues overstate (FISHER.md section 3, "ε"): F_s v = λ F_u v is solved on the
+    In-sample eigenvalues overstate (docs/mathematics.md section 4): F_s v = λ F_u v is solved on the
     even-numbered sequences and the quotients vᵀF_s v / vᵀF_u v are taken on the odd-numbered ones.
 
     Args:

@@ -1,4 +1,4 @@
-"""Filters of the safety core: from curvature to what is merged (DESIGN.md section 2)."""
+"""Filters of the safety core: from curvature to what is merged (docs/mathematics.md section 5)."""
 
 import math
 from typing import Literal
@@ -139,7 +139,7 @@ def hard_filter(
 
     ``fisher`` is the step-function limit of the soft filter: in the eigenbasis it multiplies the
     first k coordinates by 1 and the others by 0. (V Vᵀδ, which the original used, is neither
-    projector: FISHER.md section 3, 4.)
+    projector: docs/mathematics.md section 5.)
 
     Args:
         delta: safety core, (p, q).

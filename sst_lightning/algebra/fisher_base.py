@@ -1,4 +1,4 @@
-"""What a Fisher estimate of one module offers (DESIGN.md section 2, "Fisher").
+"""What a Fisher estimate of one module offers (docs/mathematics.md section 3).
 
 With g_n (p, q) the gradient of sequence n's summed completion NLL with respect to the core M, the
 Fisher is F = E[vec(g) vec(g)ᵀ]. vec is row-major: entry (i, j) of g is entry i·q + j of vec(g).

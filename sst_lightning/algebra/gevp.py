@@ -1,4 +1,4 @@
-"""Generalised eigenvalue problem F_s v = λ F_u v (DESIGN.md section 2; FISHER.md section 3)."""
+"""Generalised eigenvalue problem F_s v = λ F_u v (docs/mathematics.md section 4)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -95,7 +95,7 @@ def solve_gram(
 
     With XXᵀ = LΛLᵀ the rows of E = XᵀLΛ^-½ are an orthonormal frame of the span, in which
     F_s = R_sᵀR_s and F_u = R_uᵀR_u with [R_s; R_u] = LΛ^½. The Woodbury form is avoided: it loses
-    all digits when rows of S lie near span(U) (FISHER.md section 3).
+    all digits when rows of S lie near span(U) (docs/mathematics.md section 4).
 
     Args:
         gram: XXᵀ, (N, N), the N_s safety samples first.

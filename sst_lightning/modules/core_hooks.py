@@ -2,7 +2,7 @@
 
 Both work on the *module names of the base model*, whether the model is a plain transformers model
 or one wrapped by PEFT, and whatever the base weights' storage (fp32, bf16, NF4): only a target
-module's input and output are touched (DESIGN.md section 2, "Fisher in core coordinates").
+module's input and output are touched (docs/mathematics.md section 3).
 """
 
 from collections.abc import Callable, Iterable, Mapping

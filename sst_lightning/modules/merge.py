@@ -26,7 +26,7 @@ class MergeModule(EvaluationModule):
 
     The adapters are read, checked and encoded before the base model is loaded. The base weights
     never change: the module moves between points (base, utility merge, safety adapter, any merge)
-    by swapping the cores that forward hooks add (DESIGN.md section 2).
+    by swapping the cores that forward hooks add (docs/mathematics.md section 2).
 
     Args:
         utility: folders of the utility adapters.

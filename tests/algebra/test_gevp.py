@@ -72,7 +72,7 @@ def test_dense_and_dual_against_scipy(seed, counts, damping):
 
 
 def test_dual_keeps_digits_when_safety_lies_near_the_span_of_utility():
-    """FISHER.md section 3: the Woodbury form loses all digits here."""
+    """docs/mathematics.md section 4: the Woodbury form loses all digits here."""
     generator = np.random.default_rng(0)
     utility = generator.normal(size=(12, 60)) * 10.0 ** (-np.arange(12)[:, None] / 3)
     safety = generator.normal(size=(8, 12)) @ utility + 1e-4 * generator.normal(size=(8, 60))

@@ -386,6 +386,8 @@ def test_labels_and_parameters(tmp_path):
     labels = [method.label() for method in made]
     assert len(set(labels)) == len(labels)
     assert not any(character in label for label in labels for character in "/()[], ")
+    assert "number" not in labels[0]  # 10 is what neither of the two means
+    assert labels[1].endswith("_number_5")
     assert labels[2].endswith("_threshold_0.5")
     assert labels[5].endswith("_weights_0.7_0.3")
     assert made[2].parameters() == {

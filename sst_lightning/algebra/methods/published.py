@@ -25,10 +25,10 @@ class SSTPublished(AdditiveMethod):
     With the diagonal Fishers f_u, f_s of the safety adapter's *factors* the problem
     F_s v = λ F_u v has the unit vectors as eigenvectors and λ_i = f_s,i / (f_u,i + 1e-6), so it
     only ranks single coordinates. The k first *of the whole adapter* are kept, all others are 0, and
-    the masked factors are merged: M_u + α B″A″. What follows from that (DESIGN.md section 1): k = 5
-    to 20 of millions of coordinates leave next to nothing; a coordinate of A′ counts only if its
-    row's partner in B′ is kept too; and an absolute 1e-6 changes the ranking with the unit of the
-    loss: what is far above the Fisher's entries ranks by f_s alone.
+    the masked factors are merged: M_u + α B″A″. What follows from that: k = 5 to 20 of millions of
+    coordinates leave next to nothing; a coordinate of A′ counts only if its row's partner in B′ is
+    kept too; and an absolute 1e-6 changes the ranking with the unit of the loss: what is far above
+    the Fisher's entries ranks by f_s alone.
 
     What is *not* reproduced, so that only these defects are measured: gradients are per sequence, in
     eval mode and without padding, not those of mini-batch means, and utility adapters are merged as
@@ -53,7 +53,7 @@ class SSTPublished(AdditiveMethod):
     family = "curvature"
     summary = "the original SST-Merge with its defects: k coordinates of the safety factors"
     formula = "M_u + α (m_B∘B′)(m_A∘A′), m = 1 at the k largest f_s/(f_u + 10⁻⁶) of all modules"
-    source = "published SST-Merge (DESIGN.md section 1)"
+    source = "the published description of SST-Merge"
     requires_fisher = True
 
     def __init__(

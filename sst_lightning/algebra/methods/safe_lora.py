@@ -172,6 +172,10 @@ class SafeLoRA(AlignmentMethod, FactorMethod):
         self.number = number
         super().__init__(aligned, unaligned)
 
+    def differing(self) -> list[str]:
+        """As for other methods; the number that stands for no threshold is a default too."""
+        return [item for item in super().differing() if item != f"number_{DEFAULT_NUMBER}"]
+
     def prepare(self, problem: MergeProblem) -> dict[str, LoraFactors]:
         """Return the factors of C ΔW_u for the modules that are replaced.
 

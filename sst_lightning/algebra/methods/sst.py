@@ -198,7 +198,7 @@ class SST(AdditiveMethod):
         """Mix utility rows and harmless look-alikes, the latter at the newest point.
 
         Taken at a merge, harmless prompts that are refused by now have large gradients: their
-        Fisher sees the directions that over-refusal comes from (DESIGN.md section 2).
+        Fisher sees the directions that over-refusal comes from (docs/mathematics.md section 6).
         """
         newest = {**at_adapters, **at_merge}
         harmless = self.harmless_share if "harmless" in newest else 0.0
