@@ -43,8 +43,8 @@ class FisherCollector(Callback):
     """Collects one Fisher per validation dataloader, from per-sequence core-space gradients.
 
     The gradient of sequence n is that of its *summed* completion NLL, in eval mode, taken from the
-    forward inputs and output gradients of the target modules (docs/mathematics.md section 3): the result
-    does not depend on the batch size or on padding. Works in ``validate`` and, with
+    forward inputs and output gradients of the target modules (docs/mathematics.md section 3): the
+    result does not depend on the batch size or on padding. Works in ``validate`` and, with
     ``during_fit=True``, in the validation passes of ``fit``; ``trainer.fit``'s own gradients and
     weights are untouched.
 

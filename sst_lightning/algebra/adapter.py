@@ -1,4 +1,4 @@
-"""LoRA adapters on disk and in memory, defined by ΔW = s B A per module (docs/mathematics.md section 1)."""
+"""LoRA adapters on disk and in memory: ΔW = s B A per module (docs/mathematics.md section 1)."""
 
 import hashlib
 import json

@@ -255,7 +255,7 @@ def test_presets_weigh_head_attention_and_feed_forward(preset):
 
 
 def test_mixture_weights():
-    """¼ at the adapters, ¼ at the merge, ½ harmless at the newest point (docs/mathematics.md section 6)."""
+    """¼ at the adapters, ¼ at the merge, ½ harmless at the newest point."""
     points = {
         name: SimpleNamespace(name=name)
         for name in ("utility", "harmless", "utility1", "harmless1")
