@@ -96,7 +96,7 @@ def merge_files(
     Args:
         safety: folder of the safety adapter.
         output: folder for the merged PEFT adapter.
-        method: merge method, without iterations.
+        method: merge method by its name (sst-merge methods lists all), without iterations.
         alpha: weight of the safety adapter; 1 when not given.
         utility_weights: weight of each utility adapter; 1 each when not given.
         rank: rank of the merged adapter (see ``sst-merge merge --help``).
