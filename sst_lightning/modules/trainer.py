@@ -118,7 +118,8 @@ class SSTTrainer(Trainer):
         Args:
             model: the adapters.
             datamodule: calibration and test rows.
-            methods: merge methods by name, or with ``init_args``; SST and task arithmetic when not given.
+            methods: merge methods by name, or with ``init_args``; SST and task arithmetic when
+                not given.
             alphas: weights of the safety adapter: one grid for all methods, or a grid for each
                 method by its label (such as ``sst_soft``, ``task_arithmetic``); 0.5, 1, 2 and 3.5
                 when not given.
