@@ -27,15 +27,16 @@ SHAPES = {
 }
 
 
-def modules(layers: int) -> dict[str, tuple[int, int]]:
+def modules(layers: int, shrink: int = 1) -> dict[str, tuple[int, int]]:
+    """Name and shape of every module; widths are divided by ``shrink``, to try the program out."""
     return {
-        f"model.layers.{layer}.{name}": shape
+        f"model.layers.{layer}.{name}": (d_out // shrink, d_in // shrink)
         for layer in range(layers)
-        for name, shape in SHAPES.items()
+        for name, (d_out, d_in) in SHAPES.items()
     }
 
 
-def make_adapter(folder: Path, seed: int, layers: int) -> None:
+def make_adapter(folder: Path, seed: int, layers: int, shrink: int) -> None:
     if folder.exists():
         return
 
@@ -45,7 +46,7 @@ def make_adapter(folder: Path, seed: int, layers: int) -> None:
         a, b = (torch.randn(*s, generator=generator) for s in ((RANK, d_in), (d_out, RANK)))
         return LoraFactors(0.02 * a, 0.02 * b, 1.0)
 
-    shapes = modules(layers)
+    shapes = modules(layers, shrink)
     LoraAdapter(LazyMapping(shapes, factors), "random/llama-3.1-8b").save(folder)
 
 
@@ -53,7 +54,7 @@ def hash_of(text: str) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:6], "little")
 
 
-def make_fishers(folder: Path, adapters: list[Path], layers: int) -> None:
+def make_fishers(folder: Path, adapters: list[Path]) -> None:
     """Random samples in the core space of the adapters, written as sst-merge validate does."""
     inputs = [LoraAdapter.open(path) for path in adapters]
     space = CoreSpace.streamed(inputs)
@@ -65,7 +66,8 @@ def make_fishers(folder: Path, adapters: list[Path], layers: int) -> None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         shapes: dict[str, tuple[int, ...]] = {}
-        for module, (d_out, d_in) in modules(layers).items():
+        for module, factors in inputs[0].factors.items():
+            d_out, d_in = factors.d_out, factors.d_in
             shapes |= {
                 f"q_out/{module}": (d_out, size),
                 f"q_in/{module}": (d_in, size),
@@ -75,7 +77,7 @@ def make_fishers(folder: Path, adapters: list[Path], layers: int) -> None:
             }
 
         def tensors(number: int = number) -> Iterator[tuple[str, Tensor]]:
-            for module in modules(layers):
+            for module in space.bases:
                 basis = space.bases[module]
                 generator = torch.Generator().manual_seed(hash_of(f"{number} {module}"))
                 # Uneven over the coordinates, as gradients are.
@@ -103,21 +105,22 @@ def make_fishers(folder: Path, adapters: list[Path], layers: int) -> None:
         write_tensors(path, shapes, tensors(), header)
 
 
-def make_model(folder: Path, layers: int, adapter: Path | None) -> None:
+def make_model(folder: Path, layers: int, shrink: int, adapter: Path | None) -> None:
     """A random model of the shape (with a tiny vocabulary), with the adapter added to its weights."""
     if folder.exists():
         return
     from transformers import LlamaConfig
 
     deltas = LoraAdapter.open(adapter).factors if adapter is not None else {}
-    shapes = {f"{name}.weight": shape for name, shape in modules(layers).items()}
+    shapes = {f"{name}.weight": shape for name, shape in modules(layers, shrink).items()}
+    width = 4096 // shrink
     for layer in range(layers):
         for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (4096,)  # type: ignore[assignment]
+            shapes[f"model.layers.{layer}.{name}.weight"] = (width,)  # type: ignore[assignment]
     shapes |= {
-        "model.embed_tokens.weight": (VOCABULARY, 4096),
-        "model.norm.weight": (4096,),  # type: ignore[dict-item]
-        "lm_head.weight": (VOCABULARY, 4096),
+        "model.embed_tokens.weight": (VOCABULARY, width),
+        "model.norm.weight": (width,),  # type: ignore[dict-item]
+        "lm_head.weight": (VOCABULARY, width),
     }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -132,9 +135,15 @@ def make_model(folder: Path, layers: int, adapter: Path | None) -> None:
 
     folder.mkdir(parents=True)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False, dtype="float32",
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=14336 // shrink,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        dtype="float32",
         architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    )
     config.save_pretrained(folder)
     write_tensors(folder / "model.safetensors", shapes, tensors(), {"format": "pt"})

@@ -284,9 +284,9 @@ class Run:
         self.output = whole / "merged"
         self.models = few / "models"
         for number in range(count):
-            make_adapter(self.whole[number], number, options.layers)
-            make_adapter(self.few[number], number, options.dense_layers)
-        make_fishers(self.fisher, self.whole, options.layers)
+            make_adapter(self.whole[number], number, options.layers, options.shrink)
+            make_adapter(self.few[number], number, options.dense_layers, options.shrink)
+        make_fishers(self.fisher, self.whole)
         self.scale = options.layers / options.dense_layers
 
     def note(self, name: str, value: float) -> None:
@@ -379,9 +379,10 @@ class Run:
 
     def make_models(self) -> None:
         """Write the full models that mergekit and Safe LoRA read."""
-        make_model(self.models / "base", self.options.dense_layers, None)
+        size = self.options.dense_layers, self.options.shrink
+        make_model(self.models / "base", *size, None)
         for number, adapter in enumerate(self.few):
-            make_model(self.models / f"model{number}", self.options.dense_layers, adapter)
+            make_model(self.models / f"model{number}", *size, adapter)
 
     def parts(self) -> str:
         values = measure("parts", folders=[*map(str, self.few)], layers=self.options.dense_layers)
@@ -397,6 +398,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--dense_layers", type=int, default=1)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 3])
+    parser.add_argument(
+        "--shrink", type=int, default=1, help="divide all widths by this, to try the program out"
+    )
     parser.add_argument("--job")
     parser.add_argument("--arguments", default="{}")
     options = parser.parse_args()
