@@ -254,12 +254,13 @@ def measure(job_name: str, /, **arguments: object) -> dict[str, float]:
     return values
 
 
-def run_job(name: str, arguments: dict) -> None:
+def run_job(name: str, arguments: dict) -> dict[str, float]:
+    """Run a job in this process; its figures, and the peak memory of the process."""
     folders = [Path(path) for path in arguments.pop("folders")]
     paths = {k: Path(arguments.pop(k)) for k in ("fisher", "output", "models") if k in arguments}
     values = JOBS[name](folders=folders, **paths, **arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({**values, "peak_gib": peak}))
+    return {**values, "peak_gib": peak}
 
 
 class Run:
@@ -405,7 +406,7 @@ def main() -> None:
     parser.add_argument("--arguments", default="{}")
     options = parser.parse_args()
     if options.job:
-        run_job(options.job, json.loads(options.arguments))
+        print(json.dumps(run_job(options.job, json.loads(options.arguments))))
         return
     summary: dict[str, float] = {"threads": torch.get_num_threads()}
     tables = []
