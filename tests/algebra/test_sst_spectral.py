@@ -6,7 +6,6 @@ import torch
 
 from sst_lightning.algebra.errors import FisherError, SSTMergeError
 from sst_lightning.algebra.methods import (
-    SST,
     MergeProblem,
     SSTSpectral,
     SubspaceBoosting,
@@ -46,17 +45,17 @@ def test_equals_the_formula_on_dense_matrices(spectral, weights):
             for w, adapter in zip((*weights, alpha), adapters, strict=True)
         ]
         ranks = [adapter.factors[name].rank for adapter in adapters]
-        utility = own[0] + own[1]
         if spectral == "tsv_merge":
-            whole = dense_tsv(own, ranks)
+            without, whole = dense_tsv(own[:2], ranks[:2]), dense_tsv(own, ranks)
         else:
+            without = dense_boosted(own[0] + own[1], sum(ranks[:2]))
             whole = dense_boosted(sum(own), sum(ranks))
         q_out, q_in = basis.q_out.double().numpy(), basis.q_in.double().numpy()
-        change = q_out.T @ (whole - utility) @ q_in
+        change = q_out.T @ (whole - without) @ q_in
         f_u, f_s = (dense_fisher(side[name].core_gradients(basis)) for side in rows)
         near = f_s + rho * np.eye(len(f_s))
         kept = np.linalg.solve(near + mu * f_u, near @ change.ravel()).reshape(change.shape)
-        expected = utility + q_out @ kept @ q_in.T
+        expected = without + q_out @ kept @ q_in.T
         np.testing.assert_allclose(merged[name].numpy(), expected, rtol=0, atol=2e-5)
 
 
@@ -70,25 +69,30 @@ def test_a_filter_that_keeps_everything_leaves_the_spectral_merge(spectral, plai
     assert_same(found, deltas(plain.merge(problem, 0.7)))
 
 
-def test_a_filter_that_keeps_nothing_leaves_the_utility_merge():
+@pytest.mark.parametrize("spectral", ["tsv_merge", "subspace_boosting"])
+def test_a_filter_that_keeps_nothing_leaves_the_spectral_merge_of_the_utility_adapters(spectral):
     """F_u of full rank and a huge μ."""
     problem, _ = calibrated(three_adapters(), "exact", counts=(200, 5))
-    found = deltas(SSTSpectral(mu=1e9).merge(problem, 0.7))
-    assert_same(found, deltas(SST(iterations=0, mu=1e9).merge(problem, 0.7)))
-    assert_same(found, deltas(SST(iterations=0).merge(problem, 0.0)))
+    found = deltas(SSTSpectral(spectral, mu=1e9).merge(problem, 0.7))
+    assert_same(found, deltas(SSTSpectral(spectral).merge(problem, 0.0)), atol=5e-4)
+    plain = TSVMerge() if spectral == "tsv_merge" else SubspaceBoosting(0.5)
+    assert_same(found, deltas(plain.merge(problem, 0.0)), atol=5e-4)
 
 
-def test_at_alpha_0_and_without_safety_the_utility_merge_stays():
-    """TSV-M alone would move the utility adapters apart."""
+def test_without_safety_a_module_has_the_spectral_merge_of_the_utility_adapters():
     adapters = three_adapters()
-    problem, _ = calibrated(adapters, "exact")
-    utility = deltas(SST(iterations=0).merge(problem, 0.0))
-    assert_same(deltas(SSTSpectral().merge(problem, 0.0)), utility)
+    without = deltas(TSVMerge().merge(calibrated(adapters, "exact")[0], 0.0))
     adapters[-1] = random_lora(3, rank=3, names=NAMES[:1])
-    problem, _ = calibrated(adapters, "exact")
-    merged = deltas(SSTSpectral().merge(problem, 1.0))
-    torch.testing.assert_close(merged[NAMES[1]], utility[NAMES[1]], rtol=0, atol=1e-5)
-    assert not torch.allclose(merged[NAMES[0]], utility[NAMES[0]], atol=1e-2)
+    merged = deltas(SSTSpectral().merge(calibrated(adapters, "exact")[0], 1.0))
+    torch.testing.assert_close(merged[NAMES[1]], without[NAMES[1]], rtol=0, atol=1e-5)
+    assert not torch.allclose(merged[NAMES[0]], without[NAMES[0]], atol=1e-2)
+
+
+def test_one_utility_adapter_is_itself_without_safety():
+    first, _, safety = three_adapters()
+    problem, _ = calibrated([first, safety], "exact")
+    found = deltas(SSTSpectral().merge(problem, 0.0))
+    assert_same(found, {name: item.delta() for name, item in first.factors.items()})
 
 
 def test_without_fishers_it_says_so():

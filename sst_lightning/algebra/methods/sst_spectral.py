@@ -1,6 +1,7 @@
-"""SST on a spectral merge: the change that it would make to the utility merge, filtered."""
+"""SST on a spectral merge: what the safety adapter changes in it, filtered."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -19,18 +20,21 @@ Spectral = Literal["tsv_merge", "subspace_boosting"]
 
 
 class SSTSpectral(CoreMethod):
-    """M = M_u + filter(D), D = M_spectral − M_u: a spectral merge where its curvature allows it.
+    """M = M_0 + filter(M_α − M_0), M_α the spectral merge of all adapters at α.
 
     SST's soft filter, argmin (δ − D)ᵀ(F_s + ρI)(δ − D) + μ δᵀF_u δ, does not ask where the change D
-    comes from. :class:`SST` gives it the safety adapter, D = α M_s. Here D is what a spectral merge
-    of all adapters would change in the utility merge. The two see different things: a spectral merge
-    takes apart singular vectors that the adapters share and knows nothing of data; the filter knows
-    from gradients which of the remaining changes utility and harmless look-alikes can bear.
+    comes from. :class:`SST` gives it the safety adapter, D = α M_s, and adds what is left to the sum
+    of the utility adapters. Here M_0 is the spectral merge of the utility adapters alone, and D what
+    the safety adapter changes in it. The two see different things: a spectral merge takes apart
+    singular vectors that the adapters share, and knows nothing of data; the filter knows from
+    gradients which of the changes utility and harmless look-alikes can bear.
 
-    With α = 0, and in modules where the safety adapter has no ΔW, the utility merge stays as it is.
+    With one utility adapter M_0 of ``tsv_merge`` is that adapter. With several, F_u is still that of
+    their weighted sum, where Fishers are taken, unless ``iterations`` takes it again at the merge.
+    Where the safety adapter has no ΔW the merge is M_0.
 
     Args:
-        spectral: the merge whose change is filtered: ``tsv_merge`` (TSV-M with all components) or
+        spectral: the spectral merge: ``tsv_merge`` (TSV-M with all components) or
             ``subspace_boosting`` (with β = 0.5).
         mu: weight of utility in the filter; larger values protect utility more.
         rho: ridge of F_s in the filter, in mean eigenvalues.
@@ -46,8 +50,8 @@ class SSTSpectral(CoreMethod):
 
     name = "sst_spectral"
     family = "curvature"
-    summary = "a spectral merge of all adapters, its change of the utility merge filtered as by sst"
-    formula = "M_u + (F_s+ρI+μF_u)⁻¹(F_s+ρI) D, D = M_spectral − M_u"
+    summary = "a spectral merge of all adapters: what safety changes in it, filtered as by sst"
+    formula = "M_0 + (F_s+ρI+μF_u)⁻¹(F_s+ρI)(M_α − M_0), M_α the spectral merge at α"
     source = "this project; TSV-M and subspace boosting as said at those methods"
     requires_fisher = True
 
@@ -84,21 +88,22 @@ class SSTSpectral(CoreMethod):
         self.estimator = estimator
 
     def merge_core(self, module: ModuleProblem, prepared: Any) -> Tensor:
-        """Return M_u + filter(M_spectral − M_u).
+        """Return M_0 + filter(M_α − M_0).
 
         Raises:
             FisherError: a Fisher is missing, zero, or not of the problem's modules.
         """
-        utility = module.utility_core()
+        merge = TSVMerge() if self.spectral == "tsv_merge" else SubspaceBoosting(beta=0.5)
+        without = merge.merge_core(replace(module, weights=(*module.weights[:-1], 0.0)), prepared)
         if module.alpha == 0 or not bool(module.safety_core().any()):
-            return utility
-        merged = _merge(self.spectral).merge_core(module, prepared)
+            return without
         if module.fisher_safety is None or module.fisher_utility is None:
             raise FisherError(
                 f"{self.name}: no Fisher for module '{module.name}': collect them with these adapters"
             )
-        return utility + self.filter.filter_module(
-            module.name, merged - utility, module.fisher_safety, module.fisher_utility
+        change = merge.merge_core(module, prepared) - without
+        return without + self.filter.filter_module(
+            module.name, change, module.fisher_safety, module.fisher_utility
         )
 
     def utility_mixture(
@@ -111,7 +116,3 @@ class SSTSpectral(CoreMethod):
         """``sst_spectral`` with what differs: ``sst_spectral_subspace_boosting_mu_30``."""
         extra = [item.removeprefix("spectral_") for item in self.differing()]
         return "_".join([self.name, *(item.removeprefix("estimator_") for item in extra)])
-
-
-def _merge(spectral: Spectral) -> CoreMethod:
-    return TSVMerge() if spectral == "tsv_merge" else SubspaceBoosting(beta=0.5)
