@@ -175,7 +175,9 @@ class LoraAdapter:
     def fingerprint(self) -> str:
         """Sha256 over module names, factors and scalings."""
         digest = hashlib.sha256()
-        for name, factors in sorted(self.factors.items()):
+        for name in sorted(self.factors):
+            # One module at a time: the factors may be on disk, or made when they are asked for.
+            factors = self.factors[name]
             digest.update(f"{name} {factors.scaling!r}".encode())
             for tensor in (factors.A, factors.B):
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -118,9 +118,9 @@ def merge_files(
     rule, weights = RankRule(rank, energy), tuple(utility_weights or ())
     alpha = 1.0 if alpha is None else alpha
     folder = Path(output)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output: there must be room for the result there in any case.
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+    # On the output's disk: a folder for temporary files may be small, or in memory.
+    disk = next(parent for parent in folder.resolve().parents if parent.is_dir())
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=disk) as scratch:
         merged = merge_folders(
             utility, safety, method, alpha, rule, weights, fisher,
             lambda names: track(list(names), description=f"merging by {method.label()}"),

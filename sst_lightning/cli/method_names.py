@@ -6,10 +6,12 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.modules.methods import find_method
 
-FLAGS = ("--method", "--method.help")
-LIST_FLAG = "--methods"
+HELP_FLAG = "--method.help"
+FLAGS = ("--method", "--methods", "--methods+")
+SECTIONS = ("merge", "compare")
 
 _load_yaml = get_loader("yaml")
 
@@ -20,61 +22,70 @@ def accept_method_names() -> None:
 
 
 def complete_method_names(arguments: Sequence[str]) -> list[str]:
-    """Replace names of methods after ``--method`` and ``--methods`` by their class paths.
+    """Replace names of methods in the values of ``--method`` and ``--methods`` by class paths.
 
-    Class paths stay as they are.
+    Class paths, names of files and classes that are not in the registry stay as they are.
 
     Raises:
-        SSTMergeError: there is no such method; lists the names.
+        SSTMergeError: there is no method of that name; lists the names.
     """
     result: list[str] = []
     for argument in arguments:
-        if result and result[-1] in FLAGS:
-            argument = _class_path(argument)
-        elif argument.startswith("--method="):
-            argument = "--method=" + _class_path(argument.removeprefix("--method="))
-        elif result and result[-1] == LIST_FLAG:
-            argument = _list(argument)
-        elif argument.startswith(f"{LIST_FLAG}="):
-            argument = f"{LIST_FLAG}=" + _list(argument.removeprefix(f"{LIST_FLAG}="))
+        flag, equals, value = argument.partition("=")
+        if result and result[-1] in (*FLAGS, HELP_FLAG):
+            argument = _value(argument)
+        elif equals and flag in FLAGS:
+            argument = f"{flag}={_value(value)}"
         result.append(argument)
     return result
 
 
 def _load(stream: str) -> Any:
-    """Load YAML; methods may be given by name, at the top level and in a subcommand's section."""
+    """Load YAML and complete methods, at the top level and in the sections of subcommands.
+
+    Anything with a ``class_path`` is an object's description, whose arguments have names of their
+    own.
+    """
     value = _load_yaml(stream)
-    if isinstance(value, dict):
-        for section in (value, *(part for part in value.values() if isinstance(part, dict))):
-            if "method" in section:
-                section["method"] = _complete(section["method"])
-            if isinstance(section.get("methods"), list):
-                section["methods"] = [_complete(entry) for entry in section["methods"]]
+    if isinstance(value, dict) and "class_path" not in value:
+        for section in (value, *(value.get(name) for name in SECTIONS)):
+            if isinstance(section, dict):
+                for key in {"method", "methods"} & set(section):
+                    section[key] = _complete(section[key])
     return value
 
 
-def _complete(entry: Any) -> Any:
-    """Class path for a name, alone or as ``class_path`` of an entry with arguments."""
-    if isinstance(entry, str):
-        return {"class_path": _class_path(entry)}
-    if isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
-        return {**entry, "class_path": _class_path(entry["class_path"])}
-    return entry
-
-
-def _list(text: str) -> str:
-    """A YAML list of methods with class paths for names; any other text as it is."""
+def _value(text: str) -> str:
+    """A name, an entry or a list of entries, completed; any other text as it is."""
+    if _is_name(text):
+        return _class_path(text)
+    if not text.lstrip().startswith(("{", "[")):
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text  # the parser reports it, with the key
-    if not isinstance(value, list):
-        return text
-    return yaml.safe_dump([_complete(entry) for entry in value], default_flow_style=True)
+    return yaml.safe_dump(_complete(value), default_flow_style=True, width=10**9)
+
+
+def _complete(entry: Any) -> Any:
+    """Class path for a name, alone, in a list, or as ``class_path`` of an entry with arguments."""
+    if isinstance(entry, list):
+        return [_complete(item) for item in entry]
+    if isinstance(entry, str) and _is_name(entry):
+        return {"class_path": _class_path(entry)}
+    if isinstance(entry, dict) and _is_name(entry.get("class_path")):
+        try:
+            return {**entry, "class_path": _class_path(entry["class_path"])}
+        except SSTMergeError:
+            return entry  # a class of the user's own, which the parser finds or refuses
+    return entry
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and text.replace("_", "").isalnum()
 
 
 def _class_path(method: str) -> str:
-    if not method.replace("_", "").isalnum():
-        return method
     found = find_method(method)
     return f"{found.__module__}.{found.__qualname__}"

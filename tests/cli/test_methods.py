@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 
 import sst_lightning
-from sst_lightning.algebra.adapter import LoraAdapter
+from sst_lightning.algebra.adapter import LoraAdapter, LoraFactors
+from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.cli import method_table
+from sst_lightning.cli.method_names import _load, complete_method_names
 from sst_lightning.cli.study import load_study
 from sst_lightning.modules.methods import ALL_METHODS, find_method
 from sst_lightning.report.records import read_records
+from tests.algebra.builders import random_lora
 from tests.cli.commands import TINY, files, run
 from tests.small_merge import save_inputs
 
@@ -192,6 +197,41 @@ def test_lists_of_methods_hold_names(here, capfd, made):
     assert {path.name for path in (here / "out/adapters").iterdir()} == expected
 
 
+@pytest.mark.parametrize("form", [["--method={}"], ["--method", "{}"]])
+def test_a_named_method_with_parameters_on_the_command_line(here, capfd, made, form):
+    """What a study's stage becomes."""
+    entry = json.dumps({"class_path": "ties", "init_args": {"density": 0.5}})
+    words = [word.replace("{}", entry) for word in form]
+    outcome = run(capfd, "merge-files", *inputs(made), *words)
+    assert outcome.code == 0, outcome.err
+    recipe = json.loads((here / "out/merge.json").read_text())
+    assert (recipe["method"], recipe["parameters"]["density"]) == ("ties", 0.5)
+
+
+def test_only_methods_are_completed():
+    ties = {"class_path": "sst_lightning.algebra.methods.sparse.TIES"}
+    own = {"class_path": "MyMerge"}
+    assert _load("method: ties") == {"method": ties}
+    assert _load("compare: {methods: [ties, {class_path: MyMerge}]}") == {
+        "compare": {"methods": [ties, own]}
+    }
+    for text in (
+        "{class_path: a.B, init_args: {method: mean}}",
+        "{class_path: a.B, method: mean}",
+        "data: {init_args: {utility: {method: {class_path: Alpaca}}}}",
+        "method: {class_path: Alpaca}",
+        "model: {method: mean}",
+        "method: null",
+        "method: a.b.C",
+    ):
+        assert _load(text) == yaml.safe_load(text)
+    with pytest.raises(SSTMergeError, match="method 'tees' is not known"):
+        _load("method: tees")
+    assert complete_method_names(["--methods+=ties", "--other=ties", "--method", "x.yaml"]) == [
+        "--methods+=sst_lightning.algebra.methods.sparse.TIES", "--other=ties", "--method", "x.yaml",
+    ]  # fmt: skip
+
+
 def test_a_yaml_file_with_an_unknown_method_is_one_line(here, capfd, made):
     outcome = from_yaml(here, capfd, made, "merge", "method: tees")
     assert outcome.code == 2
@@ -219,7 +259,59 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(here, capfd, made,
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
     assert message in outcome.err
-    assert files(here) == {}
+    assert list(here.iterdir()) == []
+
+
+def test_a_failed_merge_of_files_leaves_no_folders(here, capfd, made):
+    outcome = run(capfd, "merge-files", *inputs(made)[:-1], "deep/er/out", "--safety=nosuch")
+    assert outcome.code == 2
+    assert "nosuch" in outcome.err
+    assert list(here.iterdir()) == []
+
+
+def test_files_are_merged_into_a_new_folder_and_nothing_else_is_left(here, capfd, made):
+    outcome = run(capfd, "merge-files", *inputs(made)[:-1], "deep/er/out")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in here.iterdir()] == ["deep"]
+    assert [path.name for path in (here / "deep/er").iterdir()] == ["out"]
+
+
+class Counted(LoraFactors):
+    """Counts the modules that are in memory."""
+
+    alive: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+
+    def __init__(self, *values):
+        super().__init__(*values)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self):
+        Counted.alive -= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n, m in ALL_METHODS.items() if n not in NEEDS_MODELS and not m.requires_fisher],
+)
+def test_merging_files_holds_few_modules_at_a_time(here, capfd, monkeypatch, name):
+    """Inputs, result, hashes and all: as many of eight layers as of two."""
+    found = {}
+    monkeypatch.setattr("sst_lightning.algebra.adapter.LoraFactors", Counted)
+    monkeypatch.setattr("sst_lightning.algebra.factor_store.LoraFactors", Counted)
+    for layers in (2, 8):
+        names = [f"layers.{layer}.q_proj" for layer in range(layers)]
+        for seed, folder in enumerate(("utility", "safety")):
+            random_lora(seed, names=names).save(here / f"{folder}{layers}")
+        Counted.alive = Counted.most = 0
+        outcome = run(
+            capfd, "merge-files", "--utility", f"utility{layers}", "--safety", f"safety{layers}",
+            "--output", f"out{layers}", "--method", name, "--rank=full",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        found[layers] = Counted.most
+    assert 0 < found[8] == found[2]
 
 
 def test_an_adapter_that_is_there_stays(here, capfd, made):

@@ -131,12 +131,13 @@ def model_thresholds(problem: MergeProblem, density: float) -> list[float] | Non
     """
     if density >= 1:
         return None
-    modules = [problem.module(name, 1.0) for name in problem.space.bases]
-    count = kept_count(density, sum(math.prod(module.shape) for module in modules))
+    names = list(problem.space.bases)
+    # Not a list of modules, which would hold the factors of all of them.
+    count = kept_count(density, sum(math.prod(problem.module(name, 1.0).shape) for name in names))
     searches = [ThresholdSearch(count) for _ in problem.adapters]
     for number in range(2):
-        for module in modules:
-            for search, delta in zip(searches, module.deltas(), strict=True):
+        for name in names:
+            for search, delta in zip(searches, problem.module(name, 1.0).deltas(), strict=True):
                 search.update(delta)
         if number == 0:
             for search in searches:
