@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, LoraFactors
 from sst_lightning.algebra.core import CoreSpace
+from sst_lightning.algebra.files import atomic_file, atomic_folder
 from sst_lightning.algebra.fisher_file import FORMAT
 from sst_lightning.algebra.lazy import LazyMapping
 from sst_lightning.algebra.tensor_file import write_tensors
@@ -64,7 +65,6 @@ def make_fishers(folder: Path, adapters: list[Path]) -> None:
         path = folder / f"{name}.safetensors"
         if path.exists():
             continue
-        folder.mkdir(parents=True, exist_ok=True)
         shapes: dict[str, tuple[int, ...]] = {}
         for module, factors in inputs[0].factors.items():
             d_out, d_in = factors.d_out, factors.d_in
@@ -102,7 +102,8 @@ def make_fishers(folder: Path, adapters: list[Path]) -> None:
             "point": "safety" if name == "safety" else f"utility {[1.0] * (len(adapters) - 1)}",
         }
         header = {"format": FORMAT, "metadata": json.dumps(metadata)}
-        write_tensors(path, shapes, tensors(), header)
+        with atomic_file(path) as temporary:
+            write_tensors(temporary, shapes, tensors(), header)
 
 
 def make_model(folder: Path, layers: int, shrink: int, adapter: Path | None) -> None:
@@ -133,7 +134,6 @@ def make_model(folder: Path, layers: int, shrink: int, adapter: Path | None) -> 
                 weight += item.scaling * (item.B @ item.A)
             yield name, weight
 
-    folder.mkdir(parents=True)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -145,5 +145,6 @@ def make_model(folder: Path, layers: int, shrink: int, adapter: Path | None) -> 
         dtype="float32",
         architectures=["LlamaForCausalLM"],
     )
-    config.save_pretrained(folder)
-    write_tensors(folder / "model.safetensors", shapes, tensors(), {"format": "pt"})
+    with atomic_folder(folder) as temporary:
+        config.save_pretrained(temporary)
+        write_tensors(temporary / "model.safetensors", shapes, tensors(), {"format": "pt"})

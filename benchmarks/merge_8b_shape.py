@@ -44,6 +44,7 @@ from sst_lightning.algebra.fisher import ExactFisher
 from sst_lightning.algebra.methods import METHODS, MergeMethod, MergeProblem, TaskArithmetic
 from sst_lightning.algebra.rank import EXACT, RankRule
 from sst_lightning.algebra.streaming import merge_folders
+from sst_lightning.report.recipe import merge_recipe
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ OTHERS = {
     "sst_spectral": job("sst_spectral", harmless_share=0.0),
     **{name: job(name) for name in ("sst_published", "fisher_averaging", "alignguard")},
 }
-"""Measured for the smallest number of adapters; RegMean takes other Fishers and is left out."""
+"""Measured for the first of --adapters; RegMean takes other Fishers and is left out."""
 PEFT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 """One module of each shape (gate and up are down's transpose)."""
 SHAPE_COUNT = Counter(tuple(sorted(shape)) for shape in SHAPES.values())
@@ -117,7 +118,7 @@ MERGEKIT = {
 def job_merge(
     name: str, folders: list[Path], fisher: Path, output: Path, models: Path
 ) -> dict[str, float]:
-    """One merge from files to a file."""
+    """One merge from files to a file, with the recipe's hashes, as sst-merge merge-files does."""
     wanted = (HEADLINE | OTHERS)[name]
     method = wanted.make(models)
     start = time.perf_counter()
@@ -126,6 +127,8 @@ def job_merge(
             folders[:-1], folders[-1], method, 1.0, wanted.rule,
             fisher=fisher if method.requires_fisher else None, store=FactorStore(Path(scratch)),
         )  # fmt: skip
+        adapters = [LoraAdapter.open(path) for path in folders]
+        merge_recipe(method, 1.0, wanted.rule, merged, adapters, [1.0] * (len(folders) - 1))
         merged.adapter.save(output, overwrite=True)
     return {"seconds": time.perf_counter() - start, "discarded": merged.discarded}
 
@@ -146,10 +149,12 @@ def job_peft(folders: list[Path], name: str, combination: str) -> dict[str, floa
     """PEFT's add_weighted_adapter on one module, with its own defaults."""
     from sst_lightning.modules.peft_backend import PeftBackend
 
-    PeftBackend.full_matrices = True
+    class PeftDefaults(PeftBackend):
+        full_matrices = True
+
     adapters = _module(folders, name)
     problem = MergeProblem(CoreSpace.streamed(adapters), adapters)
-    method = PeftBackend(combination, svd_rank=RANK if combination == "svd" else None)  # type: ignore[arg-type]
+    method = PeftDefaults(combination, svd_rank=RANK if combination == "svd" else None)  # type: ignore[arg-type]
     start = time.perf_counter()
     merged = method.merge(problem, 1.0)
     seconds = time.perf_counter() - start
@@ -277,7 +282,8 @@ class Run:
         self.options = options
         self.summary = summary
         whole, few = (
-            options.folder / f"{n}-layers" for n in (options.layers, options.dense_layers)
+            options.folder / f"{layers}-layers-width-{4096 // options.shrink}"
+            for layers in (options.layers, options.dense_layers)
         )
         self.whole = [whole / f"adapter{number}" for number in range(count)]
         self.few = [few / f"adapter{number}" for number in range(count)]
@@ -372,7 +378,8 @@ class Run:
             seconds = values["seconds"] * self.scale
             rows.append(
                 f"| mergekit {name}, full models ({self.options.dense_layers} of "
-                f"{self.options.layers} layers, scaled) | {seconds:.1f} | {values['peak_gib']:.2f} |"
+                f"{self.options.layers} layers, time scaled) | {seconds:.1f} | "
+                f"{values['peak_gib']:.2f} |"
             )
             self.note(f"mergekit_{name}_seconds", seconds)
             self.note(f"mergekit_{name}_peak_gib", values["peak_gib"])

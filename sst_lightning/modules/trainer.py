@@ -47,7 +47,8 @@ class SSTTrainer(Trainer):
         Args:
             model: the adapters.
             datamodule: calibration and test rows.
-            method: merge method by its name; ``sst-merge methods`` lists all.
+            method: merge method; a YAML file or the command line may name it (``sst-merge methods``
+                lists all).
             alpha: weight of the safety adapter; 1 when not given.
             output: folder; the merged adapter goes to ``<output>/adapter``.
             rank: truncate the merged adapter to this rank; exact (at most the sum of ranks) when not
@@ -118,8 +119,8 @@ class SSTTrainer(Trainer):
         Args:
             model: the adapters.
             datamodule: calibration and test rows.
-            methods: merge methods by name, or with ``init_args``; SST and task arithmetic when
-                not given.
+            methods: merge methods, in a YAML file or on the command line by name or with
+                ``init_args``; SST and task arithmetic when not given.
             alphas: weights of the safety adapter: one grid for all methods, or a grid for each
                 method by its label (such as ``sst_soft``, ``task_arithmetic``); 0.5, 1, 2 and 3.5
                 when not given.

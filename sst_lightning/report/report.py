@@ -35,7 +35,7 @@ COMPARED = (
     ("front_area", "front area", 2),
     ("front_area_difference", "difference in area", 2),
     ("over_refusal_front_area", "over-refusal front area", 2),
-    ("over_refusal_front_area_difference", "difference in area", 2),
+    ("over_refusal_front_area_difference", "difference in over-refusal area", 2),
     ("cost_ratio_at_equal_refusal", "cost ratio", 2),
     ("cost_difference_at_equal_refusal", "cost difference (nats)", 3),
     ("over_refusal_difference_at_equal_refusal", "over-refusal difference", 2),

@@ -9,7 +9,9 @@ from sst_lightning.algebra.fronts import (
     FREE_REFERENCE,
     NO_COMMON_SAFETY,
     NO_COST,
+    NO_GAIN,
     NO_GAIN_POSSIBLE,
+    NO_HARMLESS,
     NO_OVER_REFUSAL,
     Curve,
     compare_at_equal_safety,
@@ -176,6 +178,10 @@ def test_hypervolume_says_why_it_is_undefined():
     for interval in hypervolume(free, free):
         assert (interval.value, interval.note) == (None, NO_COST)
         assert hypervolume(free, free, "over_refusal")[0].note == NO_OVER_REFUSAL
+    blunt = points_curve([(1.0, 0.2), (2.0, 0.1)])
+    assert hypervolume(free, blunt)[0].note == NO_GAIN
+    unasked = Curve(free.safety, free.cost, free.cost_weight, np.zeros((2, 0)))
+    assert hypervolume(unasked, unasked, "over_refusal")[0].note == NO_HARMLESS
     safe = Curve(
         np.ones((2, 4)), np.array([[0.0], [1.0]]) * np.ones(4), np.ones(4), np.zeros((2, 4))
     )

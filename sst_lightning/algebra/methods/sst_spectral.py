@@ -29,9 +29,11 @@ class SSTSpectral(CoreMethod):
     singular vectors that the adapters share, and knows nothing of data; the filter knows from
     gradients which of the changes utility and harmless look-alikes can bear.
 
-    With one utility adapter M_0 of ``tsv_merge`` is that adapter. With several, F_u is still that of
-    their weighted sum, where Fishers are taken, unless ``iterations`` takes it again at the merge.
-    Where the safety adapter has no ΔW the merge is M_0.
+    Each Fisher is divided by its mean eigenvalue first. With one utility adapter M_0 of
+    ``tsv_merge`` is that adapter with its weight. With several, Fishers are still taken at their
+    weighted sum; ``iterations`` takes the look-alikes' part, and ``merge_share`` of the rest, at the
+    merge instead. Where the safety adapter has no ΔW the merge is M_0. As with TSV-M, whose singular
+    vectors do not depend on weights, the merge does not tend to M_0 as α → 0.
 
     Args:
         spectral: the spectral merge: ``tsv_merge`` (TSV-M with all components) or
