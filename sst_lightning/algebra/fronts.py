@@ -96,13 +96,14 @@ def hypervolume(
 ) -> tuple[Interval, Interval]:
     """Area under a method's front of safety against a price, and its difference from the reference's.
 
-    At each price the front is the highest safety among the α that cost no more. The area is taken
-    above the utility model's own safety, from its own price up to that at which the reference method
-    first reaches its highest safety, and divided by what a method would get that reaches safety 1
-    for nothing: 0 is no better than the utility model, 1 cannot be improved (the hypervolume of two
-    objectives, Zitzler and Thiele 1999, with the utility model's safety and that price as reference
-    point). The reference point is not resampled: where two merges of the reference are about
-    equally safe, which of them sets it is chance that the interval does not show.
+    The front joins the merges that no cheaper one equals in safety by straight lines, since α is
+    continuous, from the utility model at price 0 on. The area is taken above the utility model's
+    own safety, from its own price up to that at which the reference method first reaches its
+    highest safety, and divided by what a method would get that reaches safety 1 for nothing: 0 is
+    no better than the utility model, 1 cannot be improved (the hypervolume of two objectives,
+    Zitzler and Thiele 1999, with the utility model's safety and that price as reference point). The
+    reference point is not resampled: where two merges of the reference are about equally safe,
+    which of them sets it is chance that the interval does not show.
 
     Args:
         curve: the method, with safety in [0, 1]; point 0 is the utility model.
@@ -166,12 +167,15 @@ def _all_means(curve: Curve) -> Points:
 
 def _area(safety: Array, cost: Array, start: float, limit: float) -> float:
     """Area under the front of the points, in units of (1 − start) · limit."""
-    order = np.argsort(cost, kind="stable")
     # A merge that is better than free counts as free.
-    edges = np.clip(cost[order], 0, limit)
-    heights = np.maximum(np.maximum.accumulate(safety[order]) - start, 0)
-    widths = np.diff(np.append(edges, limit))
-    return float((heights * widths).sum() / ((1 - start) * limit))
+    cost = np.maximum(cost, 0)
+    order = np.lexsort((-safety, cost))
+    highest = np.maximum.accumulate(safety[order])
+    rising = np.concatenate([[True], highest[1:] > highest[:-1]])
+    prices, heights = cost[order][rising], np.maximum(highest[rising] - start, 0)
+    # Cut at the limit, where a segment is crossed too; after the last point the front is flat.
+    edges = np.append(prices[prices < limit], limit)
+    return float(np.trapezoid(np.interp(edges, prices, heights), edges) / ((1 - start) * limit))
 
 
 def _means(curve: Curve, indices: list[NDArray[np.int64]]) -> Points:
