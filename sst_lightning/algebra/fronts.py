@@ -175,7 +175,8 @@ def _area(safety: Array, cost: Array, start: float, limit: float) -> float:
     prices, heights = cost[order][rising], np.maximum(highest[rising] - start, 0)
     # Cut at the limit, where a segment is crossed too; after the last point the front is flat.
     edges = np.append(prices[prices < limit], limit)
-    return float(np.trapezoid(np.interp(edges, prices, heights), edges) / ((1 - start) * limit))
+    ends = np.interp(edges, prices, heights)
+    return float(((ends[1:] + ends[:-1]) / 2 * np.diff(edges)).sum() / ((1 - start) * limit))
 
 
 def _means(curve: Curve, indices: list[NDArray[np.int64]]) -> Points:
