@@ -193,19 +193,14 @@ class FisherStatistics:
         return LazyMapping(self.modules, rotated)
 
 
-def mix(parts: Sequence[tuple[float, FisherStatistics]]) -> dict[str, ModuleFisher]:
-    """Return Σ w_i F_i / Σ w_i module by module, in the first part's core space.
+def mix(parts: Sequence[tuple[float, FisherStatistics]]) -> Mapping[str, ModuleFisher]:
+    """Return Σ w_i F_i / Σ w_i in the first part's core space, each module when it is asked for.
 
     See :func:`~sst_lightning.algebra.fisher.mix_modules`.
 
     Raises:
         FisherError: nothing to mix, or Fishers of different estimators, spaces or modules.
     """
-    return dict(streamed_mix(parts))
-
-
-def streamed_mix(parts: Sequence[tuple[float, FisherStatistics]]) -> Mapping[str, ModuleFisher]:
-    """Return what :func:`mix` does, each module when it is asked for."""
     if not parts:
         raise FisherError("a Fisher mixture needs at least one part")
     first = parts[0][1]

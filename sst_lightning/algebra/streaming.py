@@ -11,7 +11,7 @@ from pathlib import Path
 from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
 from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import FisherError, SSTMergeError
-from sst_lightning.algebra.fisher_file import FisherStatistics, streamed_mix
+from sst_lightning.algebra.fisher_file import FisherStatistics, mix
 from sst_lightning.algebra.methods.base import Merged, MergeMethod, Progress, Store
 from sst_lightning.algebra.methods.problem import MergeProblem
 from sst_lightning.algebra.rank import EXACT, RankRule
@@ -77,7 +77,7 @@ def merge_folders(
         problem.space,
         adapters,
         problem.utility_weights,
-        streamed_mix(method.utility_mixture(statistics, {})),
+        mix(method.utility_mixture(statistics, {})),
         statistics["safety"].modules,
     )
     return method.merge(problem, alpha, rule, progress, store)

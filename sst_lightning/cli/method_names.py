@@ -72,7 +72,7 @@ def _complete(entry: Any) -> Any:
     """Class path for a name, alone, in a list, or as ``class_path`` of an entry with arguments."""
     if isinstance(entry, list):
         return [_complete(item) for item in entry]
-    if isinstance(entry, str) and _is_name(entry):
+    if _is_name(entry):
         return {"class_path": _class_path(entry)}
     if isinstance(entry, dict) and _is_name(entry.get("class_path")):
         try:

@@ -163,7 +163,7 @@ class Comparison:
             prepared, problem = self.merger.prepare(method)
             diagnostics = self.merger.diagnostics(method, prepared, problem)
             if isinstance(method, AdditiveMethod):
-                # Each method's mixture of Fishers is a copy, of a gigabyte at rank 16: not kept.
+                # Fishers taken at this method's merge, of a gigabyte at rank 16, are not kept for it.
                 problem = replace(problem, fisher_utility=None, fisher_safety=None)
             self._prepared[key] = prepared, problem, diagnostics
         return self._prepared[key]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.fisher import FisherCollector
 from sst_lightning.algebra.diagnostics import kept_energy_by_module, spectrum
 from sst_lightning.algebra.errors import FisherError
-from sst_lightning.algebra.fisher_file import FisherStatistics, streamed_mix
+from sst_lightning.algebra.fisher_file import FisherStatistics, mix
 from sst_lightning.algebra.methods import AdditiveMethod, CoreMethod, MergeMethod, MergeProblem
 from sst_lightning.algebra.streaming import FISHER_NAMES
 from sst_lightning.data.safety_utility import SafetyUtilityData
@@ -70,7 +70,7 @@ class Merger:
         fishers = self.fishers(method.estimator)
         return replace(
             problem,
-            fisher_utility=streamed_mix(method.utility_mixture(fishers, {})),
+            fisher_utility=mix(method.utility_mixture(fishers, {})),
             fisher_safety=fishers["safety"].modules,
         )
 
@@ -97,7 +97,7 @@ class Merger:
             names = [name for name in self.datamodule.fisher_rows() if name != "safety"]
             at_merge = self._collect(method.estimator, dict.fromkeys(names, "merge"))
             mixture = method.utility_mixture(self.fishers(method.estimator), at_merge)
-            problem = replace(problem, fisher_utility=streamed_mix(mixture))
+            problem = replace(problem, fisher_utility=mix(mixture))
             prepared = method.prepare(problem)
         return prepared, problem
 
