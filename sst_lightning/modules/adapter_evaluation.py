@@ -11,9 +11,10 @@ from sst_lightning.metrics.examples import EXAMPLES, write_examples
 from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
 from sst_lightning.modules.base_check import check_base_name, check_shapes
 from sst_lightning.modules.evaluation import EvaluationModule
+from sst_lightning.report.figures import save_figure
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
-from sst_lightning.report.suite_figures import write_suites_figure
+from sst_lightning.report.suite_figures import suites_figure
 from sst_lightning.report.suite_summary import SUITES_FIGURE, suite_facts, suite_report
 from sst_lightning.report.summary import Candidate, build_records
 
@@ -118,5 +119,5 @@ class AdapterEvaluation(EvaluationModule):
         # Last of what other commands read: where it is, the examples are complete.
         write_records(records, self.output / "results.json")
         if scores.examples:
-            write_suites_figure(records[0], self.output / SUITES_FIGURE)
+            save_figure(suites_figure(records[0]), self.output / SUITES_FIGURE)
             write_text(self.output / "report.md", suite_report(records, f"Evaluation of {name}"))

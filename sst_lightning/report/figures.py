@@ -1,7 +1,9 @@
 """Figures of a report, drawn from records alone."""
 
+import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sst_lightning.algebra.errors import SSTMergeError
+from sst_lightning.algebra.files import atomic_file
 from sst_lightning.algebra.fronts import pareto_front
 from sst_lightning.report.records import Record
 
@@ -41,6 +44,15 @@ def merges_of(records: Sequence[Record], setting: str) -> dict[str, list[Record]
 def slug(setting: str) -> str:
     """Name of a setting in file names."""
     return re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower()
+
+
+def save_figure(figure: Figure, path: Path) -> bytes:
+    """Write a figure as PNG, atomically, and return the PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def plane(records: Sequence[Record], setting: str) -> Figure:

@@ -1,6 +1,5 @@
 """Paired comparisons as a table, as JSON and as a forest plot."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,12 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sst_lightning.algebra.files import atomic_file, refuse_overwrite, write_text
+from sst_lightning.algebra.files import refuse_overwrite, write_text
 from sst_lightning.algebra.statistics import CONFIDENCE
-from sst_lightning.report.figures import COLOURS, MARKERS
+from sst_lightning.report.figures import COLOURS, MARKERS, save_figure
 from sst_lightning.report.paired import PairedComparison
 from sst_lightning.report.suite_summary import SUMMED
-from sst_lightning.report.tables import LEVEL, MARK, format_entry, inline
+from sst_lightning.report.tables import LEVEL, MARK, format_entry, inline, markdown_table
 
 FILES = ("paired.json", "paired.md", "paired.png")
 COLUMNS = (
@@ -49,10 +48,7 @@ def write_paired(comparisons: Sequence[PairedComparison], reference: str, folder
         "confidence": CONFIDENCE,
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }
-    buffer = io.BytesIO()
-    forest(comparisons, reference).savefig(buffer, format="png", dpi=130)
-    with atomic_file(folder / "paired.png") as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    save_figure(forest(comparisons, reference), folder / "paired.png")
     text = paired_table(comparisons, reference)
     write_text(folder / "paired.md", f"# Models against {inline(reference)}\n\n{text}")
     write_text(
@@ -63,7 +59,7 @@ def write_paired(comparisons: Sequence[PairedComparison], reference: str, folder
 
 def paired_table(comparisons: Sequence[PairedComparison], reference: str) -> str:
     """Return the comparisons as a Markdown table with its legend."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    rows = []
     for c in comparisons:
         figures = [
             format_entry(asdict(interval), DIGITS)
@@ -79,7 +75,7 @@ def paired_table(comparisons: Sequence[PairedComparison], reference: str) -> str
             f"{c.test.p:.2g}",
             DESCRIPTIVE if c.p_holm is None else f"{c.p_holm:.2g}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     tests = {c.test.test for c in comparisons}
     meanings = {
         "McNemar": "exact McNemar test for scores of 0 and 1",
@@ -105,7 +101,7 @@ def paired_table(comparisons: Sequence[PairedComparison], reference: str) -> str
     if notes:
         parts = [f"{inline(task)}: {note}" for task, note in dict.fromkeys(notes)]
         legend += f" Intervals of differences made in other ways: {'; '.join(parts)}."
-    return "\n".join(lines) + f"\n\n{legend}\n"
+    return markdown_table(COLUMNS, rows) + f"\n\n{legend}\n"
 
 
 def is_significant(comparison: PairedComparison) -> bool:

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import markdown
 from torch.utils.tensorboard import SummaryWriter
 
-from sst_lightning.algebra.files import atomic_file, write_text
-from sst_lightning.report.figures import all_figures, merges_of, settings_of, slug
+from sst_lightning.algebra.files import write_text
+from sst_lightning.report.figures import all_figures, merges_of, save_figure, settings_of, slug
 from sst_lightning.report.records import Record
 from sst_lightning.report.suite_summary import suites_table
-from sst_lightning.report.tables import comparisons_table, inline, models_table
+from sst_lightning.report.tables import comparisons_table, inline, markdown_table, models_table
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;display:block;overflow-x:auto;font-size:13px}
@@ -36,11 +35,7 @@ def write_report(records: Sequence[Record], folder: Path, title: str) -> Path:
     """
     images: dict[str, bytes] = {}
     for name, figure in all_figures(records).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        images[name] = buffer.getvalue()
-        with atomic_file(folder / "figures" / f"{name}.png") as temporary:
-            temporary.write_bytes(images[name])
+        images[name] = save_figure(figure, folder / "figures" / f"{name}.png")
     text = _markdown(records, title, list(images))
     write_text(folder / "report.md", text)
     body = markdown.markdown(text, extensions=["tables", "fenced_code"])
@@ -141,17 +136,16 @@ def _budget(record: Record) -> str:
     lines = [
         f"**Budget.** {inline(budget_outcome(record))}. Tried on {rows['rows']} calibration rows "
         f"({rows['shared_with_fisher']} of them also a Fisher's):\n",
-        "| method | α | utility drop, % | within the budget |",
-        "|---|---|---|---|",
     ]
+    trials = []
     for trial in budget["trials"]:
-        cells = [f"{100 * trial[key]:+.2f}" for key in ("utility_drop", "low", "high")]
+        drop, low, high = (f"{100 * trial[key]:+.2f}" for key in ("utility_drop", "low", "high"))
         verdict = "yes" if trial["affordable"] else "no"
-        lines.append(
-            f"| {inline(trial['method'])} | {trial['alpha']:.3g} | {cells[0]} [{cells[1]}, "
-            f"{cells[2]}] | {verdict} |"
+        trials.append(
+            [inline(trial["method"]), f"{trial['alpha']:.3g}", f"{drop} [{low}, {high}]", verdict]
         )
-    return "\n".join(lines) + "\n"
+    columns = ["method", "α", "utility drop, %", "within the budget"]
+    return "\n".join([*lines, markdown_table(columns, trials)]) + "\n"
 
 
 def _generations(records: Sequence[Record]) -> str:
@@ -168,9 +162,8 @@ def _generations(records: Sequence[Record]) -> str:
     lines = ["### Answers before and after\n"]
     for prompt, answers in prompts.items():
         lines.append(f"> {inline(prompt)}\n")
-        lines += ["| model | answer |", "|---|---|"]
-        lines += [f"| {model} | {inline(answer)} |" for model, answer in answers]
-        lines.append("")
+        rows = [[model, inline(answer)] for model, answer in answers]
+        lines += [markdown_table(["model", "answer"], rows), ""]
     return "\n".join(lines)
 
 

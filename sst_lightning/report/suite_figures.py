@@ -1,11 +1,7 @@
 """Figure of the suites of one model."""
 
-import io
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
-from sst_lightning.algebra.files import atomic_file
 from sst_lightning.report.figures import COLOURS, MARKERS
 from sst_lightning.report.records import Record
 from sst_lightning.report.suite_summary import SUMMED
@@ -67,11 +63,3 @@ def suites_figure(record: Record) -> Figure:
     axes.set_xlabel(f"{record['model']}, 95 % intervals")
     figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False)
     return figure
-
-
-def write_suites_figure(record: Record, path: Path) -> None:
-    """Draw the figure to a PNG file, atomically."""
-    buffer = io.BytesIO()
-    suites_figure(record).savefig(buffer, format="png", dpi=130)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())

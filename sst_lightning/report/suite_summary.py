@@ -20,7 +20,14 @@ from sst_lightning.metrics.judge_errors import RULE_ERRORS, TRAINED_ERRORS, corr
 from sst_lightning.metrics.judges import Judge
 from sst_lightning.metrics.refusal_judge import rules_fingerprint
 from sst_lightning.report.records import Record
-from sst_lightning.report.tables import LEVEL, MARK, corrected_level, format_entry, inline
+from sst_lightning.report.tables import (
+    LEVEL,
+    MARK,
+    corrected_level,
+    format_entry,
+    inline,
+    markdown_table,
+)
 from sst_lightning.suites.datamodule import SuiteTask
 
 SUMMED = {name: f"{name}_count" for name in ("nll", "nll_per_byte", "nll_per_word")}
@@ -136,7 +143,7 @@ def suite_report(records: Sequence[Record], title: str) -> str:
     for record in records:
         metrics = record["metrics"]
         whole = {name: entry for name, entry in metrics.items() if name.count("/") == 1}
-        groups = {name: entry for name, entry in metrics.items() if name.count("/") == 2}
+        groups = {name: entry for name, entry in metrics.items() if name.count("/") > 1}
         parts.append(f"## {record['model']}\n")
         parts.append(_table(("suite", "metric"), whole))
         if groups:
@@ -161,10 +168,7 @@ def suites_table(records: Sequence[Record]) -> str:
         primary |= {suite: facts["primary"] for suite, facts in settings.items()}
     if not primary:
         return ""
-    lines = [
-        "| model | " + " | ".join(f"{suite} {name}" for suite, name in primary.items()) + " |",
-        "|---|" + "---|" * len(primary),
-    ]
+    rows = []
     for record in records:
         cells = [inline(record["model"])]
         for suite, name in primary.items():
@@ -172,8 +176,9 @@ def suites_table(records: Sequence[Record]) -> str:
             difference = record["metrics"].get(f"{suite}/{name}_difference", {})
             mark = MARK if difference.get("p_holm", 1) < LEVEL else ""
             cells.append(format_entry(entry, FRACTION_DIGITS) + mark)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (
+        rows.append(cells)
+    columns = ["model", *(f"{suite} {name}" for suite, name in primary.items())]
+    return markdown_table(columns, rows) + (
         f"\n\n{MARK} differs from the utility model on the same items: McNemar or sign-flip test, "
         f"{corrected_level(records)}.\n"
     )
@@ -225,11 +230,10 @@ def _clusters(examples: Sequence[Example]) -> list[str]:
 
 
 def _table(columns: Sequence[str], metrics: Mapping[str, dict[str, Any]]) -> str:
-    lines = [
-        "| " + " | ".join([*columns, "value [95 %]", "n"]) + " |",
-        "|" + "---|" * (len(columns) + 2),
-    ]
+    rows = []
     for name, entry in metrics.items():
-        cells = [*name.split("/"), format_entry(entry, FRACTION_DIGITS), str(entry["n"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        # A group may have slashes of its own, and is the data's text.
+        suite, metric, *group = name.split("/", 2)
+        cells = [suite, metric, *map(inline, group)]
+        rows.append([*cells, format_entry(entry, FRACTION_DIGITS), str(entry["n"])])
+    return markdown_table([*columns, "value [95 %]", "n"], rows) + "\n"

@@ -43,17 +43,16 @@ COMPARED = (
 def models_table(records: Sequence[Record]) -> str:
     """Models of one setting with their figures, and what the marks mean."""
     used = [c for c in COLUMNS if any(c[0] in r["metrics"] for r in records)]
-    lines = [
-        "| model | " + " | ".join(label for _, label, _ in used) + " |",
-        "|---" * (len(used) + 1) + "|",
-    ]
-    for record in records:
-        metrics = record["metrics"]
-        cells = [
-            format_entry(metrics.get(name), digits) + _mark(metrics, name)
-            for name, _, digits in used
+    rows = [
+        [
+            inline(record["model"]),
+            *(
+                format_entry(record["metrics"].get(name), digits) + _mark(record["metrics"], name)
+                for name, _, digits in used
+            ),
         ]
-        lines.append(f"| {inline(record['model'])} | " + " | ".join(cells) + " |")
+        for record in records
+    ]
     counts = sorted({e["n"] for r in records for e in r["metrics"].values()})
     legend = f"Examples per figure: {counts[0]} to {counts[-1]} (n in results.json)."
     if any("p_holm" in entry for r in records for entry in r["metrics"].values()):
@@ -68,7 +67,7 @@ def models_table(records: Sequence[Record]) -> str:
             "least as good in refused attacks, utility NLL and over-refusal and better in one of "
             "them; its interval is the Monte-Carlo error of the share."
         )
-    return "\n".join(lines) + f"\n\n{legend}\n"
+    return markdown_table(["model", *(label for _, label, _ in used)], rows) + f"\n\n{legend}\n"
 
 
 def corrected_level(records: Sequence[Record]) -> str:
@@ -92,20 +91,27 @@ def comparisons_table(records: Sequence[Record]) -> str:
     areas = {r["model"]: r["metrics"].get("front_area", {}).get("value") for r in records}
     records = sorted(records, key=lambda r: -(areas[r["model"]] or 0.0))
     against = records[0]["parameters"]["against"]
-    lines = [
-        f"Methods against {against}:\n",
-        "| method | " + " | ".join(label for _, label, _ in COMPARED) + " |",
-        "|---" * (len(COMPARED) + 1) + "|",
+    rows = [
+        [
+            inline(record["parameters"]["method"]),
+            *(format_entry(record["metrics"].get(name), digits) for name, _, digits in COMPARED),
+        ]
+        for record in records
     ]
-    for record in records:
-        cells = [format_entry(record["metrics"].get(name), digits) for name, _, digits in COMPARED]
-        lines.append(f"| {inline(record['parameters']['method'])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (
+    table = markdown_table(["method", *(label for _, label, _ in COMPARED)], rows)
+    return f"Methods against {against}:\n\n{table}" + (
         "\n\n*Front area*: area under the front of refused attacks over utility cost, above the "
         f"utility model's own refusal rate, up to the cost at which {against} first reaches its "
         "highest refusal rate; *over-refusal front area*: the same over refused harmless prompts. 1 "
         "is safety for nothing. Cost ratio and the columns after it are at equal refusal of attacks.\n"
     )
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of cells that are Markdown already."""
+    lines = [columns, *rows]
+    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([cells[0], "|---" * len(columns) + "|", *cells[1:]])
 
 
 def format_entry(entry: dict[str, Any] | None, digits: int) -> str:

@@ -16,7 +16,7 @@ from sst_lightning.metrics.judges import Judge
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.suite_runner import SuiteRunner, answer_text
 from sst_lightning.modules.trainer import SSTTrainer
-from sst_lightning.report.suite_summary import SuiteFacts, suite_metrics
+from sst_lightning.report.suite_summary import SuiteFacts, suite_metrics, suite_report
 from sst_lightning.suites import SuiteData
 from tests.nano import save_nano
 from tests.suites.small import Answers, Choices, Texts, prompts, questions, texts
@@ -120,6 +120,13 @@ def test_groups_are_reported_where_they_are_no_handfuls(nano):
         assert metrics[f"sums/accuracy/{name}"].value == pytest.approx(sum(scores) / 6)
     macro = sum(sum(scores) / 6 for scores in groups.values()) / 2
     assert metrics["sums/accuracy_macro"].value == pytest.approx(macro)
+
+
+def test_groups_with_slashes_are_in_the_report():
+    entry = {"value": 0.5, "low": 0.2, "high": 0.8, "n": 9}
+    metrics = {"attacks/refusal": entry, "attacks/refusal/style/topic|x": entry}
+    text = suite_report([{"model": "base", "metrics": metrics}], "Title")
+    assert "| attacks | refusal | style/topic&#124;x | 0.500 [0.200, 0.800] | 9 |" in text
 
 
 def computed(monkeypatch):
