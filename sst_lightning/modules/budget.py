@@ -6,7 +6,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -17,6 +16,7 @@ from sst_lightning.algebra.rank import RankRule
 from sst_lightning.algebra.statistics import Interval, bootstrap
 from sst_lightning.data.safety_utility import BUDGET, SafetyUtilityData
 from sst_lightning.modules.merge import MergeModule
+from sst_lightning.modules.processes import gather_by_id
 
 FIRST_ALPHA = 0.25
 LARGEST_ALPHA = 8.0
@@ -264,12 +264,7 @@ class _SequenceScores(Callback):
 
     def gathered(self, trainer: Trainer) -> Scores:
         """Return the scores of all processes, sorted by row."""
-        parts: list[Scores | None] = [self.scores]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.scores)
-        joined = {row: score for part in parts if part for row, score in part.items()}
-        return dict(sorted(joined.items()))
+        return dict(sorted(gather_by_id(self.scores, trainer).items()))
 
 
 def _per_token(scores: Scores) -> float:

@@ -32,7 +32,8 @@ from sst_lightning.modules.backbone import (
 )
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.output_store import OutputStore
-from sst_lightning.modules.suite_evaluation import SuiteEvaluation, gather_by_id
+from sst_lightning.modules.processes import gather_by_id
+from sst_lightning.modules.suite_evaluation import SuiteEvaluation
 from sst_lightning.modules.suite_runner import running_fingerprint
 from sst_lightning.suites.batching import SuiteBatch
 from sst_lightning.suites.datamodule import SuiteTask
@@ -165,7 +166,7 @@ class EvaluationModule(CausalLMModule):
                     if own:
                         values.setdefault(kind, {}).update(own)
             if task.measure != "nll":
-                answers = gather_by_id(dict(self.generations[task.task]), self.trainer.world_size)
+                answers = gather_by_id(dict(self.generations[task.task]), self.trainer)
                 own_answers = {row.id: answers[row.id] for row in task.rows if row.id in answers}
                 result.answers.setdefault(task.task, {}).update(own_answers)
         return result

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +14,11 @@ from sst_lightning.metrics.nll import CompletionNLL
 from sst_lightning.metrics.per_example import ExampleScore, PerExampleMetric, row_key
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.output_store import OutputStore
+from sst_lightning.modules.processes import gather_by_id
 from sst_lightning.modules.suite_runner import SuiteRunner
 from sst_lightning.suites.batching import SuiteBatch
 from sst_lightning.suites.datamodule import SuiteTask
 from sst_lightning.suites.items import Item, Output
-
-Value = TypeVar("Value")
 
 JUDGED_KINDS = ("attack", "harmless")
 
@@ -78,7 +77,7 @@ class SuiteEvaluation:
 
     def examples(self, task: SuiteTask) -> list[Example]:
         """Return all examples of a suite, over all processes."""
-        outputs = gather_by_id(self.outputs[task.task], self.module.trainer.world_size)
+        outputs = gather_by_id(self.outputs[task.task], self.module.trainer)
         scores: dict[str, dict[str, float]] = {item_id: {} for item_id in outputs}
         ids = {row_key(item_id): item_id for item_id in outputs}
         for name, metric in self.metrics[task.task].items():
@@ -133,15 +132,6 @@ class SuiteEvaluation:
                 self.store.add(fresh)
             known |= fresh
         return [known[key] for key in keys]
-
-
-def gather_by_id(own: dict[str, Value], world_size: int) -> dict[str, Value]:
-    """Return what all processes have, by id."""
-    if world_size == 1:
-        return own
-    parts: list[dict[str, Value] | None] = [None] * world_size
-    torch.distributed.all_gather_object(parts, own)
-    return {key: value for part in parts if part for key, value in part.items()}
 
 
 def _verdict_key(judge: Judge, prompt: str, answer: str) -> str:

@@ -1,5 +1,6 @@
 """Supervised LoRA training on completions."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,8 +24,10 @@ from sst_lightning.modules.backbone import (
 )
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule
 from sst_lightning.modules.live_adapter import live_adapter
+from sst_lightning.modules.processes import gather
 from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
+from sst_lightning.modules.token_mean import TokenMean
 
 SEVEN_PROJECTIONS = (
     "q_proj",
@@ -38,6 +42,9 @@ SEVEN_PROJECTIONS = (
 
 class SupervisedLoRA(CausalLMModule):
     """Trains a LoRA adapter on a frozen base, with AdamW on the NLL per completion token.
+
+    The mean is over all completion tokens of an optimizer step, in all processes and accumulated
+    batches: how its rows are divided among them makes no difference (without dropout).
 
     The LoRA weights are fp32 whatever the base's dtype, and their initial values depend on
     ``seed_everything``'s seed alone. Checkpoints hold the LoRA weights, not the base. Resuming
@@ -95,6 +102,7 @@ class SupervisedLoRA(CausalLMModule):
         # The state dict of a checkpoint lacks the base on purpose; on_load_checkpoint checks it.
         self.strict_loading = False
         self._resumed_from: dict[str, Any] | None = None
+        self._step_mean = TokenMean()
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration of the adapter."""
@@ -140,6 +148,7 @@ class SupervisedLoRA(CausalLMModule):
             MisconfigurationException: the loader cannot be resumed inside an epoch, or gradient
                 checkpointing was asked for and no layer recomputes its activations.
         """
+        self._step_mean.reset()
         if self._resumed_from is not None:
             restore_position(self._resumed_from, self.trainer)
             self._resumed_from = None
@@ -152,29 +161,35 @@ class SupervisedLoRA(CausalLMModule):
             )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the NLL per completion token of the batch.
+        """Return this process's part of the NLL per completion token (:class:`TokenMean`).
+
+        ``train_loss`` is the mean over the tokens of the optimizer step so far, in all processes.
 
         Raises:
-            MisconfigurationException: no row has a completion token.
-            FloatingPointError: the loss is NaN or infinite.
+            MisconfigurationException: no row, in any process, has a completion token.
+            FloatingPointError: the loss is NaN or infinite in some process.
         """
         nll, tokens = self.sequence_nll(batch)
-        rows = [getattr(row, "id", index) for index, row in enumerate(batch["rows"])]
-        count = tokens.sum()
+        total, count = self._step_mean.add(nll, tokens, self.trainer)
+        # The sums are those of all processes: all raise, or the others would wait for ever.
         if count == 0:
             raise MisconfigurationException(
-                f"batch {batch_idx} has no completion tokens (rows {rows}): raise max_length"
+                f"batch {batch_idx} has no completion tokens (rows {self._rows(batch)}): raise "
+                "max_length"
             )
-        loss = nll.sum() / count
-        if not torch.isfinite(loss):
-            bad = [row for row, value in zip(rows, nll, strict=True) if not value.isfinite()]
+        if not math.isfinite(total):
             raise FloatingPointError(
-                f"the loss of batch {batch_idx} is {loss.item()} at step {self.global_step}, from "
-                f"rows {bad}: lower learning_rate, use dtype bfloat16 or float32 instead of "
-                "float16, or look at these rows"
+                f"the loss of batch {batch_idx} is {total / count} at step {self.global_step}, from "
+                f"rows {self._rows(batch, ~nll.isfinite())}: lower learning_rate, use dtype "
+                "bfloat16 or float32 instead of float16, or look at these rows"
             )
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(tokens))
-        return loss
+        self.log("train_loss", self._step_mean.value, prog_bar=True, batch_size=len(tokens))
+        return self._step_mean.loss(nll, self.trainer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Weight accumulated batches by their completion tokens."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self._step_mean.rescale(parameters, self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the LoRA weights with warm-up and decay over the whole run.
@@ -256,6 +271,13 @@ class SupervisedLoRA(CausalLMModule):
             "adapter_fingerprints": [self._live_adapter().fingerprint],
             "point": point,
         }
+
+    def _rows(self, batch: Batch, chosen: Tensor | None = None) -> list[Any]:
+        """Return the ids of the rows of all processes, or of those that are chosen."""
+        ids = [getattr(row, "id", index) for index, row in enumerate(batch["rows"])]
+        if chosen is not None:
+            ids = [row for row, take in zip(ids, chosen.tolist(), strict=True) if take]
+        return [row for part in gather(ids, self.trainer) for row in part]
 
     def _live_adapter(self) -> LoraAdapter:
         assert isinstance(self.model, PeftModel), "configure_model has not run"

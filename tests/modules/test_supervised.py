@@ -25,6 +25,19 @@ def nano(tmp_path_factory):
     return str(save_nano(tmp_path_factory.mktemp("models") / "nano"))
 
 
+LENGTHS = [[(3, 4), (2, 5)], [(6, 1)], [(2, 4)]]
+
+
+class Losses(Callback):
+    """Notes the logged loss after each batch."""
+
+    def __init__(self, losses):
+        self.losses = losses
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(trainer.callback_metrics["train_loss"].item())
+
+
 class RandomRows(Dataset):
     """Batches of rows that depend on their indices alone."""
 
@@ -217,6 +230,36 @@ def test_optimizer_steps_are_those_of_adamw_with_warm_up(nano):
     trained = [p for p in module.parameters() if p.requires_grad]
     for ours, theirs in zip(trained, parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_is_that_of_its_rows_however_they_are_divided_into_batches(nano):
+    """Batches of 9, 1 and 4 completion tokens in steps of two; the last step has one batch."""
+    batches = [random_batch(rows, seed=n) for n, rows in enumerate(LENGTHS)]
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def joined(key, fill):
+        parts = [
+            torch.nn.functional.pad(b[key], (0, width - b[key].shape[1]), value=fill)
+            for b in batches[:2]
+        ]
+        return torch.cat(parts)
+
+    keys = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    first = {key: joined(key, fill) for key, fill in keys.items()} | {"rows": [None] * 3}
+    runs = []
+    for data, accumulated in ((batches, 2), ([first, batches[2]], 1)):
+        seed_everything(2, verbose=False)
+        losses, module = [], module_for(nano)
+        trainer_for(Losses(losses), accumulate_grad_batches=accumulated).fit(
+            module, DataLoader(data, None)
+        )
+        weights = [p.detach() for p in module.parameters() if p.requires_grad]
+        runs.append((losses[accumulated - 1 :: accumulated][:2], weights))
+    (losses, weights), (expected, oracle) = runs
+    assert losses[0] == pytest.approx(expected[0], rel=1e-6)
+    assert any(weight.abs().max() > 1e-3 for weight in weights)
+    for ours, theirs in zip(weights, oracle, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_schedule():
