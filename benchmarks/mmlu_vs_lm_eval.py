@@ -34,7 +34,7 @@ from lm_eval_mmlu import LmEval, Scores
 from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.suite_runner import SuiteRunner
-from sst_lightning.suites.datamodule import SuiteLoading
+from sst_lightning.suites.datamodule import SuiteData
 from sst_lightning.suites.mmlu import MMLU
 
 Rows = dict[str, list[list[str]]]
@@ -58,14 +58,14 @@ class Ours:
         suite = MMLU(source="local", path=str(tree), shots=shots)
         prompts = {item.id: item.prompt for item in suite.items()}
         limit = self.module.language_model.config.max_position_embeddings
-        loading = SuiteLoading({"mmlu": suite}, token_budget, max_batch=64, max_length=limit)
+        data = SuiteData({"mmlu": suite}, token_budget=token_budget, max_length=limit)
+        data.tokenizer = self.module.tokenizer
+        data.setup("test")
         runner = SuiteRunner(self.module, store=None)
         start, cpu_start = time.perf_counter(), time.process_time()
         outputs = [
             output
-            for batch in loading.loader(
-                loading.tasks()[0], self.module.tokenizer, self.module.device
-            )
+            for batch in data.loader(data.evaluation_tasks[0], self.module.device)
             for output in runner.run(suite, batch)
         ]
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning import LightningDataModule
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.batching import Batch, EncodedDataset, LengthBucketBatchSampler, collate
+from sst_lightning.data.lazy_tokenizer import LazyTokenizer
 from sst_lightning.data.resumable import ResumableLoader
 from sst_lightning.data.rows import Row, fingerprint_rows
 from sst_lightning.data.sources import Table, read_file, read_hub
@@ -19,7 +20,7 @@ from sst_lightning.data.splits import MINIMAL_SIZES, SPLITS, Split, sample, spli
 from sst_lightning.data.tokenization import Encoded, encode_all
 
 
-class TextDataModule(LightningDataModule, ABC):
+class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
     """Prompts with responses, split into train, calibration and test rows.
 
     After `setup`, ``rows[split]`` holds the rows of "train", "calibration" and "test" (a Security
@@ -104,20 +105,6 @@ class TextDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.num_workers = num_workers
         self.rows: dict[str, list[Row]] = {}
-        self._tokenizer: Any = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded on first use; tests may assign one."""
-        if self._tokenizer is None:
-            from sst_lightning.modules.backbone import load_tokenizer
-
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
 
     @abstractmethod
     def embedded_rows(self) -> dict[str, list[Row]]:

@@ -1,21 +1,18 @@
 """Texts with one of a few labels: sentiment and news topics."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.sources import Table
-from sst_lightning.metrics.choices import ChoiceAccuracy
-from sst_lightning.metrics.per_example import PerExampleMetric
-from sst_lightning.suites.base import Measure
-from sst_lightning.suites.items import ChoiceItem, Output
-from sst_lightning.suites.sources import TableSuite, first_column, ids_of, row_id
+from sst_lightning.suites.items import ChoiceItem
+from sst_lightning.suites.scoring import ChoiceScoring
+from sst_lightning.suites.sources import TableSuite, first_column, row_id
 
 TEXT_COLUMNS = ("sentence", "text", "input")
 LABEL_COLUMNS = ("label", "output")
 
 
-class LabelSuite(TableSuite):
+class LabelSuite(ChoiceScoring, TableSuite):
     """Classification by the log-likelihood of a word for each label.
 
     A table has the columns of the hub (sentence or text, and label, the number of a label) or
@@ -28,8 +25,6 @@ class LabelSuite(TableSuite):
         question: what is asked after the text.
     """
 
-    measure: ClassVar[Measure] = "choice"
-    primary: ClassVar[str] = "accuracy"
     chat = False
     labels: ClassVar[tuple[str, ...]]
     words: ClassVar[tuple[str, ...]]
@@ -74,20 +69,6 @@ class LabelSuite(TableSuite):
             f"{table.name}, row {number}, column {column!r}: unknown label {value!r}; expected one "
             f"of {', '.join(self.labels)} or 0 to {len(names) - 1}. Splits without labels (-1) "
             "cannot be scored"
-        )
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the accuracy."""
-        return {"accuracy": ChoiceAccuracy()}
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[ChoiceItem], outputs: Sequence[Output]
-    ) -> None:
-        """Score outputs."""
-        metrics["accuracy"].update(
-            ids_of(items),
-            [output.log_likelihoods for output in outputs],
-            [item.answer for item in items],
         )
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from sst_lightning.algebra.errors import DataError
+from sst_lightning.data.lazy_tokenizer import LazyTokenizer
 from sst_lightning.data.rows import Kind, Row
 from sst_lightning.metrics.judges import Judge
 from sst_lightning.suites.base import Suite
@@ -61,109 +62,14 @@ class SuiteTask:
         return f"{self.suite.fingerprint()} {self.max_length}"
 
 
-class SuiteLoading:
-    """Reads suites and makes their dataloaders.
-
-    Args:
-        suites: suites by name.
-        token_budget: most tokens of a batch, padding and answers included; when not given, what suits
-            the device (:data:`CPU_TOKENS`, :data:`GPU_TOKENS`).
-        max_batch: most items of a batch.
-        max_length: most tokens of prompt and answer.
-        folder: where relative paths of the suites start.
-        allow_code_execution: keep suites that run programs a model wrote; without it they are left
-            out, and that is said.
-
-    Raises:
-        DataError: a name cannot be used.
-    """
-
-    def __init__(
-        self,
-        suites: dict[str, Suite],
-        token_budget: int | None,
-        max_batch: int,
-        max_length: int,
-        folder: str | None = None,
-        allow_code_execution: bool = False,
-    ) -> None:
-        for name in suites:
-            if not name or any(character in name for character in "/\\ ."):
-                raise DataError(
-                    f"suite name {name!r}: names files and metrics, so it holds no slash, dot or space"
-                )
-        self.suites = {
-            name: suite
-            for name, suite in suites.items()
-            if allow_code_execution or suite.allow_code_execution or not suite.runs_code
-        }
-        self.left_out = sorted(set(suites) - set(self.suites))
-        self.token_budget = token_budget
-        self.max_batch = max_batch
-        self.max_length = max_length
-        for suite in self.suites.values():
-            suite.allow_code_execution = suite.runs_code
-            if folder is not None:
-                suite.find_in(Path(folder))
-        self._loaders: dict[str, DataLoader[SuiteBatch]] = {}
-
-    def setup(self) -> None:
-        """Read all suites.
-
-        Raises:
-            DataError: a suite cannot be used.
-        """
-        for name in self.left_out:
-            rank_zero_warn(
-                f"suite {name} is left out: it runs programs that the model wrote. "
-                "--allow-code-execution runs them, isolated (docs/sandbox.md)"
-            )
-        for name, suite in self.suites.items():
-            rank_zero_info(f"suite {name} ({type(suite).__name__}): {len(suite.items())} items")
-
-    def tasks(self) -> list[SuiteTask]:
-        """Return one task for each suite."""
-        return [SuiteTask(name, suite, self.max_length) for name, suite in self.suites.items()]
-
-    def loader(
-        self, task: SuiteTask, tokenizer: Any, device: torch.device, most: int | None = None
-    ) -> DataLoader[SuiteBatch]:
-        """Return the batches of one suite, tokenised once.
-
-        Args:
-            task: the suite.
-            tokenizer: of the model.
-            device: of the model.
-            most: tokens that the model can read, where that is known.
-        """
-        if task.task not in self._loaders:
-            suite = task.suite
-            limit = min(self.max_length, most or self.max_length)
-            items = [encode_item(item, suite, tokenizer, limit) for item in suite.items()]
-            truncated = sum(item.truncated for item in items)
-            if truncated:
-                rank_zero_warn(
-                    f"suite {task.task}: {truncated} of {len(items)} prompts are longer than "
-                    f"{limit} tokens with their answer and lose their beginning"
-                )
-            answer = suite.max_new_tokens if suite.measure == "generation" else 0
-            own = share_of_process(items, task.task)
-            usual = CPU_TOKENS[suite.measure] if device.type == "cpu" else GPU_TOKENS
-            batches = make_batches(
-                own, self.token_budget or usual, self.max_batch, answer, suite.samples_per_item
-            )
-            self._loaders[task.task] = batch_loader(batches)
-        return self._loaders[task.task]
-
-
-class SuiteData(LightningDataModule):
+class SuiteData(LazyTokenizer, LightningDataModule):
     """Evaluation suites for ``sst-merge test``.
 
     Args:
         suites: suites by name, in the order of the tables.
         tokenizer: alias, hub id or folder; the command line sets it to the model's base.
         token_budget: most tokens of a batch, padding and answers included; when not given, what suits
-            the device.
+            the device (:data:`CPU_TOKENS`, :data:`GPU_TOKENS`).
         max_batch: most items of a batch.
         max_length: most tokens of prompt and answer together, as far as the model can read them.
         folder: where relative paths of the suites start; the working directory when not given.
@@ -189,10 +95,25 @@ class SuiteData(LightningDataModule):
         super().__init__()
         if not suites:
             raise DataError("data.suites is empty: give at least one suite")
+        for name in suites:
+            if not name or any(character in name for character in "/\\ ."):
+                raise DataError(
+                    f"suite name {name!r}: names files and metrics, so it holds no slash, dot or space"
+                )
         self.utility: dict[str, Any] = {}
-        self.loading = SuiteLoading(
-            suites, token_budget, max_batch, max_length, folder, allow_code_execution
-        )
+        self.suites = {
+            name: suite
+            for name, suite in suites.items()
+            if allow_code_execution or suite.allow_code_execution or not suite.runs_code
+        }
+        self.left_out = sorted(set(suites) - set(self.suites))
+        for suite in self.suites.values():
+            suite.allow_code_execution = suite.runs_code
+            if folder is not None:
+                suite.find_in(Path(folder))
+        self.token_budget = token_budget
+        self.max_batch = max_batch
+        self.max_length = max_length
         self.judges = list(judges or [])
         names = [judge.name for judge in self.judges]
         if len(set(names)) < len(names):
@@ -201,21 +122,8 @@ class SuiteData(LightningDataModule):
                 "one. Leave one out, or evaluate twice"
             )
         self.tokenizer_name = tokenizer
-        self._tokenizer: Any = None
         self.evaluation_tasks: Sequence[SuiteTask] = []
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded at first use; tests may assign one."""
-        if self._tokenizer is None:
-            from sst_lightning.modules.backbone import load_tokenizer
-
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._loaders: dict[str, DataLoader[SuiteBatch]] = {}
 
     def setup(self, stage: str | None = None) -> None:
         """Read all suites and find all judges, once.
@@ -227,11 +135,20 @@ class SuiteData(LightningDataModule):
             DataError: a suite cannot be used.
             JudgeError: a judge is missing.
         """
-        if not self.evaluation_tasks:
-            self.loading.setup()
-            for judge in self.judges:
-                judge.check()
-            self.evaluation_tasks = self.loading.tasks()
+        if self.evaluation_tasks:
+            return
+        for name in self.left_out:
+            rank_zero_warn(
+                f"suite {name} is left out: it runs programs that the model wrote. "
+                "--allow-code-execution runs them, isolated (docs/sandbox.md)"
+            )
+        for name, suite in self.suites.items():
+            rank_zero_info(f"suite {name} ({type(suite).__name__}): {len(suite.items())} items")
+        for judge in self.judges:
+            judge.check()
+        self.evaluation_tasks = [
+            SuiteTask(name, suite, self.max_length) for name, suite in self.suites.items()
+        ]
 
     def test_dataloader(self) -> list[DataLoader[SuiteBatch]]:
         """One dataloader per suite."""
@@ -239,10 +156,36 @@ class SuiteData(LightningDataModule):
         device = self.trainer.strategy.root_device
         module: Any = self.trainer.lightning_module
         most = getattr(module.language_model.config, "max_position_embeddings", None)
-        return [
-            self.loading.loader(task, self.tokenizer, device, most)
-            for task in self.evaluation_tasks
-        ]
+        return [self.loader(task, device, most) for task in self.evaluation_tasks]
+
+    def loader(
+        self, task: SuiteTask, device: torch.device, most: int | None = None
+    ) -> DataLoader[SuiteBatch]:
+        """Return the batches of one suite, tokenised once.
+
+        Args:
+            task: the suite.
+            device: of the model.
+            most: tokens that the model can read, where that is known.
+        """
+        if task.task not in self._loaders:
+            suite = task.suite
+            limit = min(self.max_length, most or self.max_length)
+            items = [encode_item(item, suite, self.tokenizer, limit) for item in suite.items()]
+            truncated = sum(item.truncated for item in items)
+            if truncated:
+                rank_zero_warn(
+                    f"suite {task.task}: {truncated} of {len(items)} prompts are longer than "
+                    f"{limit} tokens with their answer and lose their beginning"
+                )
+            answer = suite.max_new_tokens if suite.measure == "generation" else 0
+            own = share_of_process(items, task.task)
+            usual = CPU_TOKENS[suite.measure] if device.type == "cpu" else GPU_TOKENS
+            batches = make_batches(
+                own, self.token_budget or usual, self.max_batch, answer, suite.samples_per_item
+            )
+            self._loaders[task.task] = batch_loader(batches)
+        return self._loaders[task.task]
 
     def test_rows(self) -> dict[str, list[Row]]:
         """Return no rows: suites have items."""

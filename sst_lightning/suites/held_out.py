@@ -4,22 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.base import TextDataModule
 from sst_lightning.data.rows import Kind, Row
-from sst_lightning.metrics.nll import CompletionNLL
 from sst_lightning.metrics.per_example import PerExampleMetric
-from sst_lightning.metrics.refusal import VerdictRate
 from sst_lightning.metrics.text import ContainsMatch, ExactMatch, RougeL
-from sst_lightning.suites.base import Measure, Suite
+from sst_lightning.suites.base import Suite
 from sst_lightning.suites.items import GenerationItem, LikelihoodItem, Output
+from sst_lightning.suites.scoring import LikelihoodScoring, VerdictScoring
+from sst_lightning.suites.sources import answers_of, ids_of
 
-VERDICTS = ("refusal", "compliance", "degenerate")
 
-
-class HeldOut(Suite):
+class HeldOut(VerdictScoring, Suite):
     """Answers to the rows that a data set holds back for the test.
 
     Utility rows are scored by ROUGE-L against the response and, where a short reference decides
@@ -34,7 +30,6 @@ class HeldOut(Suite):
         seed: of the choice of rows.
     """
 
-    measure: ClassVar[Measure] = "generation"
     paths: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -109,19 +104,17 @@ class HeldOut(Suite):
     def metrics(self) -> dict[str, PerExampleMetric]:
         """Return ROUGE-L and matches, or the rates of the verdicts."""
         if self.kind != "utility":
-            return {name: VerdictRate(name) for name in VERDICTS}  # type: ignore[arg-type]
+            return super().metrics()
         return {"rouge_l": RougeL(), "exact_match": ExactMatch(), "contains": ContainsMatch()}
 
     def update(
         self, metrics: Mapping[str, Any], items: Sequence[GenerationItem], outputs: Sequence[Output]
     ) -> None:
         """Score answers."""
-        ids = [item.id for item in items]
-        answers = [output.texts[0] for output in outputs]
         if self.kind != "utility":
-            for name in VERDICTS:
-                metrics[name].update(ids, answers, [item.prompt for item in items])
+            super().update(metrics, items, outputs)
             return
+        ids, answers = ids_of(items), answers_of(outputs)
         metrics["rouge_l"].update(ids, answers, [item.details["response"] for item in items])
         checkable = [place for place, item in enumerate(items) if item.references]
         for name in ("exact_match", "contains"):
@@ -132,7 +125,7 @@ class HeldOut(Suite):
             )
 
 
-class HeldOutLikelihood(HeldOut):
+class HeldOutLikelihood(LikelihoodScoring, HeldOut):
     """NLL of the responses of held-out rows.
 
     Args:
@@ -141,9 +134,6 @@ class HeldOutLikelihood(HeldOut):
         samples: most rows; all when not given.
         seed: of the choice of rows.
     """
-
-    measure: ClassVar[Measure] = "likelihood"
-    primary: ClassVar[str] = "nll"  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -165,20 +155,6 @@ class HeldOutLikelihood(HeldOut):
             for row in self.rows()
             if row.response
         ]
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the NLL per token."""
-        return {"nll": CompletionNLL()}
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[Any], outputs: Sequence[Output]
-    ) -> None:
-        """Score responses."""
-        metrics["nll"].update(
-            [item.id for item in items],
-            -torch.tensor([output.log_likelihoods[0] for output in outputs], dtype=torch.float64),
-            torch.tensor([output.tokens[0] for output in outputs]),
-        )
 
 
 def _place(row: Row) -> dict[str, str]:

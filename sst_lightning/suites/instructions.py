@@ -3,15 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from sst_lightning.data.alpaca import instruction_prompt
 from sst_lightning.data.sources import Table
-from sst_lightning.metrics.nll import CompletionNLL
 from sst_lightning.metrics.per_example import PerExampleMetric
 from sst_lightning.metrics.text import RougeL
-from sst_lightning.suites.base import Measure
 from sst_lightning.suites.items import GenerationItem, LikelihoodItem, Output
+from sst_lightning.suites.scoring import LikelihoodScoring
 from sst_lightning.suites.sources import AnswerSuite, TableSuite, answers_of, ids_of, row_id
 
 HUB_ID = "tatsu-lab/alpaca"
@@ -58,7 +55,7 @@ class AlpacaInstructions(AnswerSuite):
         metrics["rouge_l"].update(ids_of(items), answers_of(outputs), references)
 
 
-class AlpacaLikelihood(TableSuite):
+class AlpacaLikelihood(LikelihoodScoring, TableSuite):
     """NLL of the reference answers to instructions (Stanford Alpaca), in the chat.
 
     Args:
@@ -66,8 +63,6 @@ class AlpacaLikelihood(TableSuite):
         kwargs: see :class:`TableSuite`; columns as of :class:`AlpacaInstructions`.
     """
 
-    measure: ClassVar[Measure] = "likelihood"
-    primary: ClassVar[str] = "nll"
     hub_id = HUB_ID
     usual_hub_split = "train"
 
@@ -86,20 +81,6 @@ class AlpacaLikelihood(TableSuite):
             for item_id, prompt, output in _rows(self, table)
         ]
         return self.distinct(table, items)
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the NLL per token."""
-        return {"nll": CompletionNLL()}
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[LikelihoodItem], outputs: Sequence[Output]
-    ) -> None:
-        """Score outputs."""
-        metrics["nll"].update(
-            ids_of(items),
-            torch.tensor([-output.log_likelihoods[0] for output in outputs], dtype=torch.float64),
-            torch.tensor([output.tokens[0] for output in outputs]),
-        )
 
 
 def _rows(suite: TableSuite, table: Table) -> Iterator[tuple[str, str, str]]:

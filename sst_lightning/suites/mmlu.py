@@ -4,20 +4,19 @@ import csv
 import io
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.sources import decode, read_hub
-from sst_lightning.metrics.choices import ChoiceAccuracy
-from sst_lightning.metrics.per_example import PerExampleMetric
-from sst_lightning.suites.base import Measure, Suite
-from sst_lightning.suites.items import ChoiceItem, Output
-from sst_lightning.suites.sources import Source, check_source, ids_of
+from sst_lightning.suites.base import Suite
+from sst_lightning.suites.items import ChoiceItem
+from sst_lightning.suites.scoring import ChoiceScoring
+from sst_lightning.suites.sources import Source, check_source
 
 LETTERS = "ABCD"
 SUBJECTS = 57
@@ -45,7 +44,7 @@ class Question:
         return "\n".join([self.question.strip(), *lines, "Answer:"])
 
 
-class MMLU(Suite):
+class MMLU(ChoiceScoring, Suite):
     """MMLU (Hendrycks et al. 2021, arXiv 2009.03300), by the log-likelihood of the letters.
 
     Prompts are those of lm-evaluation-harness 0.4.13: a line that names the subject, the first
@@ -64,8 +63,6 @@ class MMLU(Suite):
         seed: of the choice of questions.
     """
 
-    measure: ClassVar[Measure] = "choice"
-    primary: ClassVar[str] = "accuracy"
     chat = False
     hub_id = "cais/mmlu"
 
@@ -139,20 +136,6 @@ class MMLU(Suite):
         parts = [f"The following are multiple choice questions (with answers) about {topic}."]
         parts += [f"{one.text()} {LETTERS[one.answer]}" for one in solved[: self.shots]]
         return "\n\n".join(parts) + "\n\n"
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the accuracy."""
-        return {"accuracy": ChoiceAccuracy()}
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[ChoiceItem], outputs: Sequence[Output]
-    ) -> None:
-        """Score outputs."""
-        metrics["accuracy"].update(
-            ids_of(items),
-            [output.log_likelihoods for output in outputs],
-            [item.answer for item in items],
-        )
 
 
 def _read_tree(path: Path, split: str) -> dict[str, list[Question]]:

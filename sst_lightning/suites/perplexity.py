@@ -1,21 +1,17 @@
 """Held-out NLL of plain text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.sources import read_text
-from sst_lightning.metrics.nll import CompletionNLL
-from sst_lightning.metrics.per_example import PerExampleMetric
-from sst_lightning.suites.base import Measure
 from sst_lightning.suites.items import LikelihoodItem, Output
-from sst_lightning.suites.sources import TableSuite, ids_of, row_id
+from sst_lightning.suites.scoring import LikelihoodScoring
+from sst_lightning.suites.sources import TableSuite, row_id
 
 
-class Perplexity(TableSuite):
+class Perplexity(LikelihoodScoring, TableSuite):
     """NLL of texts per token, byte and word; perplexity is its exponential.
 
     Models with different tokenizers are compared per byte or per word. Texts are cut into windows
@@ -31,9 +27,12 @@ class Perplexity(TableSuite):
         kwargs: see :class:`TableSuite`. A local ``.txt`` file is one text. Hub: any data set.
     """
 
-    measure: ClassVar[Measure] = "likelihood"
-    primary: ClassVar[str] = "nll"
     chat = False
+    units: ClassVar[Mapping[str, Callable[[LikelihoodItem, Output], int]]] = {
+        **LikelihoodScoring.units,
+        "nll_per_byte": lambda item, output: len(item.completion.encode()),
+        "nll_per_word": lambda item, output: len(item.completion.split()),
+    }
 
     def __init__(self, column: str = "text", window: int = 2000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,27 +59,6 @@ class Perplexity(TableSuite):
         table = self.read_table()
         numbers = self.complete_rows(table, self.column)
         return [(row_id(table, number), table.text(number, self.column)) for number in numbers]
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the NLL per token, per byte of UTF-8 and per word."""
-        return {
-            "nll": CompletionNLL(),
-            "nll_per_byte": CompletionNLL(),
-            "nll_per_word": CompletionNLL(),
-        }
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[LikelihoodItem], outputs: Sequence[Output]
-    ) -> None:
-        """Score outputs."""
-        nll = torch.tensor([-output.log_likelihoods[0] for output in outputs], dtype=torch.float64)
-        units = {
-            "nll": [output.tokens[0] for output in outputs],
-            "nll_per_byte": [len(item.completion.encode()) for item in items],
-            "nll_per_word": [len(item.completion.split()) for item in items],
-        }
-        for name, counts in units.items():
-            metrics[name].update(ids_of(items), nll, torch.tensor(counts))
 
 
 def windows(text: str, size: int) -> Iterator[str]:

@@ -1,23 +1,21 @@
 """Requests to refuse, and harmless ones that look alike."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.rows import Kind, prompt_key
 from sst_lightning.data.sources import Table
-from sst_lightning.metrics.per_example import PerExampleMetric
-from sst_lightning.metrics.refusal import VerdictRate
-from sst_lightning.metrics.refusal_judge import Verdict
-from sst_lightning.suites.items import GenerationItem, Output
-from sst_lightning.suites.sources import AnswerSuite, answers_of, first_column, ids_of, row_id
+from sst_lightning.suites.items import GenerationItem
+from sst_lightning.suites.scoring import VerdictScoring
+from sst_lightning.suites.sources import AnswerSuite, first_column, row_id
 
 PROMPT = "prompt"
 GROUP_COLUMNS = ("family", "category")
 
 
-class SafetySuite(AnswerSuite):
+class SafetySuite(VerdictScoring, AnswerSuite):
     """Prompts whose answers the rule-based judge calls refusal, compliance or degenerate.
 
     The three rates add up to 1; a degenerate answer, such as an empty one, is never a refusal.
@@ -26,22 +24,8 @@ class SafetySuite(AnswerSuite):
     """
 
     kind: ClassVar[Kind] = "attack"
-    primary: ClassVar[str] = "refusal"
     # Whether an answer refuses shows early.
     max_new_tokens = 64
-
-    def metrics(self) -> dict[str, PerExampleMetric]:
-        """Return the rate of each verdict."""
-        return {verdict: VerdictRate(verdict) for verdict in get_args(Verdict)}
-
-    def update(
-        self, metrics: Mapping[str, Any], items: Sequence[GenerationItem], outputs: Sequence[Output]
-    ) -> None:
-        """Score outputs."""
-        for verdict in get_args(Verdict):
-            metrics[verdict].update(
-                ids_of(items), answers_of(outputs), [item.prompt for item in items]
-            )
 
 
 class HarmfulPrompts(SafetySuite):
