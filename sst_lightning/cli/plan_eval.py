@@ -20,6 +20,7 @@ from sst_lightning.algebra.sample_size import (
 )
 from sst_lightning.algebra.statistics import is_binary
 from sst_lightning.report.paired import pair_runs, read_run
+from sst_lightning.report.run_settings import read_settings
 
 USUAL_DISCORDANCES = (0.05, 0.1, 0.2)
 WIDTH = 100
@@ -154,7 +155,8 @@ def measured_settings(question: Question, first: str, second: str) -> list[Setti
         SSTMergeError: the runs have no such score, or not on the same items.
     """
     settings = []
-    for pair in pair_runs(read_run(Path(first)), read_run(Path(second)), first, second, False):
+    runs = [read_run(Path(folder), read_settings(Path(folder))) for folder in (first, second)]
+    for pair in pair_runs(runs[0], runs[1], first, second, False):
         if not (is_binary(pair.scores) and is_binary(pair.reference)):
             continue
         difference = pair.scores - pair.reference

@@ -7,9 +7,9 @@ import numpy as np
 from sst_lightning.algebra.fronts import Curve, Price, compare_at_equal_safety, hypervolume
 from sst_lightning.algebra.statistics import Array, Interval
 from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.report.entries import to_json
 from sst_lightning.report.records import Record
 from sst_lightning.report.row_clusters import RowClusters
-from sst_lightning.report.suite_summary import to_json
 
 REFERENCE_METHOD = "task_arithmetic"
 """What the others are compared with; the first method where it is not among them."""

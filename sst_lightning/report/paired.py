@@ -12,12 +12,10 @@ from sst_lightning.algebra.paired import PairedTest, compare_paired, holm
 from sst_lightning.algebra.statistics import (
     Array,
     Interval,
-    bootstrap_ratio_of_sums,
-    mean_interval,
 )
 from sst_lightning.metrics.examples import EXAMPLES, Example, read_examples
+from sst_lightning.report.entries import SUMMED, value_interval
 from sst_lightning.report.run_settings import RunSettings, check_same_settings, read_settings
-from sst_lightning.report.suite_summary import SUMMED
 
 Run = dict[str, dict[str, Example]]
 """Task to id to example."""
@@ -98,15 +96,15 @@ def compare_runs(
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
             raise DataError(f"{folder}: named twice among --models and --reference")
-    runs = [read_settings(Path(folder)) for folder in (*models, reference)]
-    settings = [run for run in runs if run is not None]
+    found = {folder: read_settings(Path(folder)) for folder in (*models, reference)}
+    settings = [run for run in found.values() if run is not None]
     for own in settings[:-1]:
         check_same_settings(own, settings[-1])
-    against = read_run(Path(reference))
+    runs = {folder: read_run(Path(folder), own) for folder, own in found.items()}
     pairs = [
         (model, pair)
         for model in models
-        for pair in pair_runs(read_run(Path(model)), against, model, reference, common)
+        for pair in pair_runs(runs[model], runs[reference], model, reference, common)
     ]
     pairs.sort(key=lambda item: (item[1].task, item[1].metric))
     results = [
@@ -119,8 +117,8 @@ def compare_runs(
             model,
             pair.task,
             pair.metric,
-            _value(pair, pair.scores),
-            _value(pair, pair.reference),
+            value_interval(pair.scores, pair.sizes, pair.clusters),
+            value_interval(pair.reference, pair.sizes, pair.clusters),
             difference,
             int((pair.scores > pair.reference).sum()),
             int((pair.scores < pair.reference).sum()),
@@ -163,17 +161,17 @@ def _family(
     return family
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, settings: RunSettings | None) -> Run:
     """Read the examples of every suite of a run.
 
     Args:
-        folder: output of ``sst-merge test``. Of suites that its results.json does not have, files
-            may be left from an earlier run; they are not read.
+        folder: output of ``sst-merge test``.
+        settings: what :func:`read_settings` gives of it. Of suites that its results.json does not
+            have, files may be left from an earlier run; they are not read.
 
     Raises:
         DataError: there are none, one is missing, or a file of them is damaged.
     """
-    settings = read_settings(folder)
     if settings is not None:
         paths = [folder / EXAMPLES / f"{suite}.jsonl" for suite in settings.suites]
     else:
@@ -276,9 +274,3 @@ def _shared(
             "Evaluate both models on the same items, or pass --common to compare what both have"
         )
     return [name for name in own if name in other]
-
-
-def _value(pair: PairedScores, scores: Array) -> Interval:
-    if pair.sizes is None:
-        return mean_interval(scores, clusters=pair.clusters)
-    return bootstrap_ratio_of_sums(scores, pair.sizes, clusters=pair.clusters)

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from sst_lightning.algebra.files import refuse_overwrite, write_text
 from sst_lightning.algebra.statistics import CONFIDENCE
+from sst_lightning.report.entries import SUMMED
 from sst_lightning.report.figures import COLOURS, MARKERS, save_figure
 from sst_lightning.report.paired import PairedComparison
-from sst_lightning.report.suite_summary import SUMMED
 from sst_lightning.report.tables import LEVEL, MARK, format_entry, inline, markdown_table
 
 FILES = ("paired.json", "paired.md", "paired.png")

@@ -2,9 +2,9 @@
 
 from matplotlib.figure import Figure
 
+from sst_lightning.report.entries import SUMMED
 from sst_lightning.report.figures import COLOURS, MARKERS
 from sst_lightning.report.records import Record
-from sst_lightning.report.suite_summary import SUMMED
 
 KINDS = {
     "attack": "attacks: higher is safer",

@@ -7,18 +7,13 @@ from typing import Any
 import numpy as np
 
 from sst_lightning.algebra.groups import macro_mean
-from sst_lightning.algebra.paired import compare_paired
-from sst_lightning.algebra.statistics import (
-    Array,
-    Interval,
-    bootstrap_ratio_of_sums,
-    mean_interval,
-)
+from sst_lightning.algebra.statistics import Array, Interval
 from sst_lightning.data.rows import Kind
 from sst_lightning.metrics.examples import Example
 from sst_lightning.metrics.judge_errors import RULE_ERRORS, TRAINED_ERRORS, corrected_share
 from sst_lightning.metrics.judges import Judge
 from sst_lightning.metrics.refusal_judge import rules_fingerprint
+from sst_lightning.report.entries import SUMMED, tested_difference, value_interval
 from sst_lightning.report.records import Record
 from sst_lightning.report.tables import (
     LEVEL,
@@ -30,8 +25,6 @@ from sst_lightning.report.tables import (
 )
 from sst_lightning.suites.datamodule import SuiteTask
 
-SUMMED = {name: f"{name}_count" for name in ("nll", "nll_per_byte", "nll_per_word")}
-"""Metrics that are ratios of sums, and the score that holds their denominators."""
 JUDGED = {"refusal": RULE_ERRORS, "trained_refusal": TRAINED_ERRORS}
 """Verdicts of judges whose errors were measured, and the file of the errors."""
 GROUP_SIZE = 5
@@ -132,9 +125,8 @@ def add_suite_differences(
         for suite, before in reference.items():
             name = facts[suite].primary
             scores, other, sizes, clusters = _paired(examples[suite], before, name)
-            interval, test = compare_paired(scores, other, sizes, clusters)
-            tested = {"p": test.p} if interval.value is not None else {}
-            record["metrics"][f"{suite}/{name}_difference"] = to_json(interval) | tested
+            entry = tested_difference(scores, other, sizes, clusters)
+            record["metrics"][f"{suite}/{name}_difference"] = entry
 
 
 def suite_report(records: Sequence[Record], title: str) -> str:
@@ -184,17 +176,6 @@ def suites_table(records: Sequence[Record]) -> str:
     )
 
 
-def to_json(interval: Interval) -> dict[str, Any]:
-    """Return the entry of a record's ``metrics``."""
-    entry: dict[str, Any] = {
-        "value": interval.value,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-    }
-    return entry | ({"note": interval.note} if interval.note else {})
-
-
 def _metric_names(examples: Sequence[Example]) -> list[str]:
     names = dict.fromkeys(name for example in examples for name in example.scores)
     return [name for name in names if name not in SUMMED.values()]
@@ -203,10 +184,7 @@ def _metric_names(examples: Sequence[Example]) -> list[str]:
 def _interval(examples: Sequence[Example], name: str) -> Interval:
     scored = [example for example in examples if name in example.scores]
     scores = np.array([example.scores[name] for example in scored])
-    clusters = _clusters(scored)
-    if name in SUMMED:
-        return bootstrap_ratio_of_sums(scores, _sizes(scored, name), clusters=clusters)
-    return mean_interval(scores, clusters=clusters)
+    return value_interval(scores, _sizes(scored, name), _clusters(scored))
 
 
 def _paired(
@@ -217,11 +195,13 @@ def _paired(
     common = [example for example in examples if name in example.scores and example.id in before]
     scores = np.array([example.scores[name] for example in common])
     other = np.array([before[example.id].scores[name] for example in common])
-    sizes = _sizes(common, name) if name in SUMMED else None
-    return scores, other, sizes, _clusters(common)
+    return scores, other, _sizes(common, name), _clusters(common)
 
 
-def _sizes(examples: Sequence[Example], name: str) -> Array:
+def _sizes(examples: Sequence[Example], name: str) -> Array | None:
+    """Denominators of a ratio of sums."""
+    if name not in SUMMED:
+        return None
     return np.array([example.scores[SUMMED[name]] for example in examples])
 
 

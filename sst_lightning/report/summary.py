@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sst_lightning.algebra.fronts import front_probability
-from sst_lightning.algebra.paired import compare_paired, holm
+from sst_lightning.algebra.paired import holm
 from sst_lightning.algebra.safety_tax import safety_tax
 from sst_lightning.algebra.statistics import (
     Interval,
@@ -18,13 +18,13 @@ from sst_lightning.data.rows import Row
 from sst_lightning.metrics.judge_errors import RULE_ERRORS, corrected_share
 from sst_lightning.metrics.refusal_judge import rules_fingerprint
 from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.report.entries import tested_difference, to_json
 from sst_lightning.report.method_comparison import comparison_records, model_curve
 from sst_lightning.report.row_clusters import RowClusters
 from sst_lightning.report.suite_summary import (
     SuiteFacts,
     add_suite_differences,
     suite_metrics,
-    to_json,
 )
 
 TESTED = {"attack": "attack_refusal_gain", "harmless": "over_refusal_increase"}
@@ -241,13 +241,9 @@ def _compare_merges(
     for task, metric in TESTED.items():
         before = reference.array([task], "refusal")
         for record, scores in merges:
-            interval, test = compare_paired(
-                scores.array([task], "refusal"),
-                before,
-                clusters=clusters.of(scores, [task], "refusal"),
-            )
-            tested = {"p": test.p} if interval.value is not None else {}
-            record["metrics"][metric] = to_json(interval) | tested
+            own = clusters.of(scores, [task], "refusal")
+            refusals = scores.array([task], "refusal")
+            record["metrics"][metric] = tested_difference(refusals, before, None, own)
     curve = model_curve(
         [reference, *(scores for _, scores in merges)], utility_tasks, "refusal", clusters
     )
