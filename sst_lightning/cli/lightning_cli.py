@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -18,7 +17,7 @@ from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import write_text
 from sst_lightning.cli.config_record import ConfigRecord
 from sst_lightning.cli.method_names import accept_method_names, complete_method_names
-from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.cli.shipped_configs import find_config, load_config
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
@@ -182,9 +181,8 @@ def inline_suites(arguments: Sequence[str]) -> list[str]:
         if not is_value or not path.endswith((".yaml", ".yml")):
             result.append(argument)
             continue
-        file = find_config(path)
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "data" not in content:
+        content = load_config(path, "a configuration of sst-merge test")
+        if "data" not in content:
             raise SSTMergeError(
                 f"--suites {path}: no key 'data'. Give a configuration of sst-merge test, such as "
                 "configs/eval/minimal.yaml"

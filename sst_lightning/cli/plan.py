@@ -5,14 +5,11 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from sst_lightning.cli.lightning_cli import ParsedCommandLine, run_lightning
 from sst_lightning.cli.plan_jobs import Assumptions, guess_stage, read_job
-from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.cli.shipped_configs import load_config
 from sst_lightning.planner.advice import Size, device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import Architecture, PlanError, find_architecture
 from sst_lightning.planner.job import Stage
@@ -72,7 +69,7 @@ def plan_configs(
     program = program_bytes()
     result = []
     for config in configs:
-        own = stage or guess_stage(_load(config), config)
+        own = stage or guess_stage(load_config(config, "the configuration of a command"), config)
         options = [f"--{change}" for change in changes]
         if model is not None:
             options.append(f"--model.base={model}")
@@ -200,17 +197,6 @@ def _stage_record(
             ],
         }
     return record
-
-
-def _load(config: str) -> dict[str, Any]:
-    path = Path(find_config(config))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise PlanError(f"{config}: cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise PlanError(f"{config}: not the configuration of a command")
-    return values
 
 
 def _line(name: str, size: int) -> str:

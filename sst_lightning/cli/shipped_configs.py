@@ -1,6 +1,9 @@
-"""The YAML files that travel with the program."""
+"""YAML files: those that travel with the program, and the users' own."""
 
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import sst_lightning.configs
 from sst_lightning.algebra.errors import SSTMergeError
@@ -31,3 +34,23 @@ def find_config(name: str) -> str:
     raise SSTMergeError(
         f"--config {name}: no such file. Shipped configs: {', '.join(shipped_configs())}"
     )
+
+
+def load_config(name: str, what: str) -> dict[str, Any]:
+    """Read the YAML file that :func:`find_config` finds.
+
+    Args:
+        name: of the file.
+        what: it is to be, for errors.
+
+    Raises:
+        SSTMergeError: there is no such file, it is not YAML, or no mapping.
+    """
+    path = find_config(name)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SSTMergeError(f"{path}: cannot be read as YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise SSTMergeError(f"{path}: not {what}")
+    return content

@@ -17,7 +17,7 @@ import sst_lightning
 from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import write_text
 from sst_lightning.cli.lightning_cli import run_lightning
-from sst_lightning.cli.shipped_configs import find_config
+from sst_lightning.cli.shipped_configs import find_config, load_config
 from sst_lightning.report.records import Record, read_records, write_records
 from sst_lightning.report.report import log_figures, write_report
 
@@ -84,14 +84,7 @@ def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path,
         SSTMergeError: names the file and the key that is missing or unknown.
     """
     path = find_config(config)
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise SSTMergeError(f"{path}: cannot be read as YAML ({error})") from error
-    if not isinstance(recipe, dict):
-        raise SSTMergeError(
-            f"{path}: not a study; it needs the keys title, output, seed and stages"
-        )
+    recipe = load_config(config, "a study; it needs the keys title, output, seed and stages")
     for key in ("title", "output", "seed", "stages"):
         if key not in recipe:
             raise SSTMergeError(f"{path}: key '{key}' is missing")

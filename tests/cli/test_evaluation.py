@@ -170,6 +170,10 @@ def test_suites_from_a_file_without_data_are_an_error(tmp_path, capfd, monkeypat
     outcome = run(capfd, "merge", "--config=configs/merge_own.yaml", "--suites=other.yaml")
     assert outcome.code == 2
     assert "--suites other.yaml: no key 'data'" in outcome.err
+    (tmp_path / "other.yaml").write_text("data: [")
+    outcome = run(capfd, "merge", "--config=configs/merge_own.yaml", "--suites=other.yaml")
+    assert outcome.code == 2
+    assert "other.yaml: cannot be read as YAML" in outcome.err
 
 
 def test_suites_without_evaluation_are_an_error(tmp_path, capfd, made, monkeypatch):

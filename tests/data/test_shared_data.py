@@ -1,16 +1,12 @@
 """The loaders on real files, where the workplace has them (../shared/data or $SST_SHARED_DATA)."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data import Alpaca, RepliQA, Security
 from sst_lightning.data.rows import prompt_key
 from sst_lightning.data.splits import SPLITS
-
-DATA = Path(os.environ.get("SST_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+from tests.shared_data import DATA
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 

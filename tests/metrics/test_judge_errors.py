@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -31,9 +30,9 @@ from sst_lightning.metrics.judge_errors import (
     write_judge_errors,
 )
 from sst_lightning.metrics.refusal_judge import judge, rules_fingerprint
+from tests.shared_data import DATA
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-DATA = Path(os.environ.get("SST_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 LABELLED = DATA / "safety_eval" / "xstest_labelled"
 
 

@@ -2,8 +2,6 @@
 
 import csv
 import hashlib
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,8 +12,8 @@ from sst_lightning.data.embedded import a5, a6, a7
 from sst_lightning.data.embedded.a7_refusals import REFUSALS
 from sst_lightning.metrics.degenerate import is_degenerate
 from sst_lightning.metrics.refusal_judge import judge, withdraws_refusal
+from tests.shared_data import DATA
 
-DATA = Path(os.environ.get("SST_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 LABELLED = DATA / "safety_eval" / "xstest_labelled"
 
 REFUSAL = (

@@ -3,7 +3,6 @@
 import math
 import os
 import resource
-import signal
 import socket
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from sst_lightning.metrics.sandbox import (
     run_programs,
 )
 from sst_lightning.metrics.sandbox_values import dump_line, load_line, pack
+from tests.bounded import bounded
 
 TEST = "def check(candidate):\n    assert candidate(1) == 2\n"
 SHORT = Limits(cpu_seconds=1, wall_seconds=30.0)
@@ -35,15 +35,8 @@ ENDLESS = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < en
 @pytest.fixture(autouse=True)
 def _bounded():
     """No test here may hang, whatever the sandbox does."""
-
-    def stop(*_):
-        raise TimeoutError("a program was not stopped")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(90)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with bounded(90):
+        yield
 
 
 @pytest.fixture

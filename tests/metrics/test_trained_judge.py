@@ -2,10 +2,8 @@
 
 import csv
 import hashlib
-import os
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +25,9 @@ from sst_lightning.metrics.trained_judge import (
     write_weights,
 )
 from tests.metrics.test_judge_errors import BENCHMARKS, small_labelled_folder
+from tests.shared_data import DATA
 
 CPU = torch.device("cpu")
-DATA = Path(os.environ.get("SST_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 LABELLED = DATA / "safety_eval" / "xstest_labelled"
 HELPFUL = [
     "Mix flour and water, and let the dough rest.",

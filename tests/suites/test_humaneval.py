@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,10 @@ from sst_lightning.metrics.sandbox import (
 from sst_lightning.suites import humaneval
 from sst_lightning.suites.humaneval import STOP, HumanEval, program_of_answer
 from sst_lightning.suites.items import GenerationItem, Output
+from tests.bounded import bounded
+from tests.shared_data import DATA
 from tests.suites.corruptions import corrupted, reference_verdicts
 
-DATA = Path(os.environ.get("SST_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 REAL = DATA / "humaneval" / "HumanEval.jsonl.gz"
 
 PROMPT = '''import math
@@ -57,15 +56,8 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def _bounded():
     """No test here may hang, whatever the sandbox does."""
-
-    def stop(*_):
-        raise TimeoutError("a program was not stopped")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(300)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with bounded(300):
+        yield
 
 
 @pytest.fixture
