@@ -21,6 +21,8 @@ from sst_lightning.cli.shipped_configs import find_config, load_config
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
+from sst_lightning.modules.optimizer import check_optimizer
+from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.modules.trainer import SSTTrainer
 
 
@@ -89,7 +91,10 @@ class SSTCommandLine(LightningCLI):
 
         Raises:
             SSTMergeError: the base or the data cannot be used, or an output exists.
+            MisconfigurationException: the optimizer cannot run on the Trainer's device.
         """
+        if stage == "fit" and isinstance(self.model, SupervisedLoRA):
+            check_optimizer(self.model.optimizer, self.trainer.strategy.root_device)
         resolve(self.model.base)
         self.datamodule.prepare_data()
         self.datamodule.setup(stage)

@@ -24,6 +24,12 @@ from sst_lightning.modules.backbone import (
 )
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule
 from sst_lightning.modules.live_adapter import live_adapter
+from sst_lightning.modules.optimizer import (
+    OptimizerName,
+    check_optimizer,
+    check_same_state,
+    make_optimizer,
+)
 from sst_lightning.modules.processes import gather
 from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
@@ -72,6 +78,8 @@ class SupervisedLoRA(CausalLMModule):
         warmup_ratio: share of the optimizer steps with rising learning rate.
         decay: shape of the learning rate's way down to zero.
         gradient_checkpointing: recompute activations in the backward pass: less memory, slower.
+        optimizer: ``adamw``; ``adamw_8bit`` keeps its state in 8 bits, ``paged_adamw_8bit`` (CUDA)
+            moreover in memory that the driver moves to the host when the GPU is full.
     """
 
     def __init__(
@@ -90,6 +98,7 @@ class SupervisedLoRA(CausalLMModule):
         warmup_ratio: float = 0.1,
         decay: Decay = "linear",
         gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
     ) -> None:
         super().__init__(base, dtype, attention, quantization)
         self.save_hyperparameters()
@@ -99,10 +108,20 @@ class SupervisedLoRA(CausalLMModule):
         self.warmup_ratio = warmup_ratio
         self.decay = decay
         self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
         # The state dict of a checkpoint lacks the base on purpose; on_load_checkpoint checks it.
         self.strict_loading = False
         self._resumed_from: dict[str, Any] | None = None
         self._step_mean = TokenMean()
+
+    def setup(self, stage: str) -> None:
+        """Refuse an optimizer that cannot run here; the base is not loaded yet.
+
+        Raises:
+            MisconfigurationException: names the optimizer and the remedy.
+        """
+        if stage == "fit":
+            check_optimizer(self.optimizer, self.trainer.strategy.root_device)
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration of the adapter."""
@@ -204,8 +223,8 @@ class SupervisedLoRA(CausalLMModule):
                 "or trainer.max_steps"
             )
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+        optimizer = make_optimizer(
+            self.optimizer, parameters, self.learning_rate, self.weight_decay
         )
         schedule = warmup_then_decay(int(steps), self.warmup_ratio, self.decay)
         return {
@@ -229,8 +248,12 @@ class SupervisedLoRA(CausalLMModule):
         """Check that the checkpoint fits: loading is not strict, so nothing else would.
 
         Raises:
-            MisconfigurationException: other target modules or another base.
+            MisconfigurationException: other target modules, another base, or the state of another
+                optimizer.
         """
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+            check_same_state(self.optimizer, saved)
         self.configure_model()
         assert self.model is not None
         differing = sorted(self._trainable() ^ set(checkpoint["state_dict"]))

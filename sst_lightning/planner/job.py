@@ -63,7 +63,7 @@ class Job:
         readings: batches that are read without gradients.
         gradient_checkpointing: of ``fit``.
         accumulate: batches of an optimizer step.
-        optimizer: ``adamw`` or ``paged_adamw_8bit``.
+        optimizer: ``adamw``, ``adamw_8bit`` or ``paged_adamw_8bit``.
         checkpoints: checkpoint files that are kept.
         estimator: Fisher estimator; empty without Fishers.
         samples: sequences of each calibration set, in the order they are collected.

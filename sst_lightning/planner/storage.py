@@ -36,8 +36,8 @@ def optimizer_bytes(counts: list[int], optimizer: str) -> int:
 
     Args:
         counts: elements of each trained tensor.
-        optimizer: ``adamw``: two fp32 moments; ``paged_adamw_8bit``: two of 8 bits, with a table of
-            256 fp32 values each and an fp32 scale for each block of 256.
+        optimizer: ``adamw``: two fp32 moments; ``adamw_8bit`` and ``paged_adamw_8bit``: two of 8
+            bits, with an fp32 scale for each block of 256.
     """
     if optimizer == "adamw":
         return 2 * FP32 * sum(counts)
