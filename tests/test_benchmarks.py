@@ -67,3 +67,23 @@ def test_mmlu_vs_lm_eval(tmp_path, monkeypatch, capsys):
         assert summary[f"smallest_margin_{shots}"] > summary[f"largest_difference_{shots}"]
         assert summary[f"speedup_{shots}"] > 0
         assert summary[f"batch_size_lm_eval_{shots}"] in (1, 2)
+
+
+def test_nf4_vs_bf16(tmp_path, monkeypatch, capsys):
+    """Everything on the nano model; what it says on itself must be 1."""
+    model = save_nano(tmp_path / "nano")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("nf4_vs_bf16")
+    options = [f"--model={model}", f"--output={tmp_path / 'out'}", "--steps=2", "--r=2"]
+    options += ["--batch=2", "--max_length=160", "--calibration=6", "--test=4"]
+    monkeypatch.setattr(sys, "argv", ["nf4_vs_bf16.py", *options, "--max_new_tokens=2"])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for values in (summary["fisher_cosine"], summary["trained_adapter_cosine"]):
+        assert all(0 < value <= 1 for value in values.values())
+    assert 0 < summary["merged_adapter_cosine"] <= 1
+    entry = summary["merge_utility_nll_bfloat16_less_nf4"]
+    assert entry["low"] <= entry["value"] <= entry["high"]
+    assert 0 < summary["export"]["nf4"]["quantization_of_weight"] < 1
+    text = (tmp_path / "out/merge_nf4/report.md").read_text()
+    assert "The same adapters on the base in bfloat16: difference" in text

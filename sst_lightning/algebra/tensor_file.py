@@ -17,6 +17,19 @@ from torch import Tensor
 from sst_lightning.algebra.errors import SSTMergeError
 
 ALIGNMENT = 8
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of dtypes in a header."""
 
 
 class TensorFile:
@@ -66,23 +79,27 @@ def write_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
-    """Write fp32 tensors one after the other, each as soon as it is there.
+    """Write tensors one after the other, each as soon as it is there.
 
     Args:
         path: file to write; make the write atomic around this call.
         shapes: name and shape of every tensor, in the order of ``tensors``.
         tensors: name and tensor.
         metadata: strings for the header.
+        dtypes: dtype that tensors are written in, by name; fp32 where none is given.
 
     Raises:
         SSTMergeError: a tensor is not the one announced, or one is missing.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    kinds = {name: (dtypes or {}).get(name, torch.float32) for name in shapes}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + kinds[name].itemsize * math.prod(shape)
+        code = CODES[kinds[name]]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
@@ -95,7 +112,9 @@ def write_tensors(
                 raise SSTMergeError(
                     f"{path}: tensor '{name}' {tuple(tensor.shape)} was announced as {expected}"
                 )
-            tensor.detach().float().contiguous().numpy().tofile(file)
+            # Flat, because a tensor without dimensions has no bytes to view.
+            flat = tensor.detach().to(kinds[name]).contiguous().flatten()
+            flat.view(torch.uint8).numpy().tofile(file)
         missing = next(announced, None)
     if missing is not None:
         raise SSTMergeError(f"{path}: tensor '{missing[0]}' was announced but not given")

@@ -11,20 +11,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sst_lightning.algebra.errors import BackboneError
+from sst_lightning.algebra.tensor_file import CODES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 # Others (8-bit and 4-bit formats) hold codes that are no weights without their scales.
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 class WeightFiles:
-    """The linear layers' weights in a transformers model folder.
+    """The weights in a transformers model folder.
 
     Only headers are read until a weight is asked for, and no file stays mapped after that.
 
     Args:
         folder: with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+
+    Attributes:
+        files: file of each tensor, by its key.
 
     Raises:
         BackboneError: the folder or a file is missing, damaged or truncated; names it.
@@ -32,7 +37,7 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        self._files = _files_by_key(self.folder)
+        self.files = _files_by_key(self.folder)
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return (d_out, d_in) of a module's weight, from the file's header.
@@ -60,21 +65,46 @@ class WeightFiles:
             weight: Tensor = file.get_tensor(key).to(torch.float32, copy=True)
         if not torch.isfinite(weight).all():
             raise BackboneError(
-                f"{self._files[key]}: '{key}' has NaN or infinite values; copy the model again"
+                f"{self.files[key]}: '{key}' has NaN or infinite values; copy the model again"
             )
         return weight
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """Return the shape of any tensor, from the file's header."""
+        with _opened(self.files[key]) as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Return the dtype that any tensor is stored in, from the file's header.
+
+        Raises:
+            BackboneError: the file has it in a format such as 8-bit floats.
+        """
+        with _opened(self.files[key]) as file:
+            code = file.get_slice(key).get_dtype()
+        if code not in DTYPES:
+            raise BackboneError(
+                f"{self.files[key]}: '{key}' is {code}, which is not supported here; give the "
+                "model that is not quantised"
+            )
+        return DTYPES[code]
+
+    def tensor(self, key: str) -> Tensor:
+        """Return any tensor in the dtype that it is stored in, in memory of its own."""
+        with _opened(self.files[key]) as file:
+            return torch.clone(file.get_tensor(key))
 
     @contextmanager
     def _entry(self, module: str) -> Iterator[tuple[Any, str, tuple[int, int]]]:
         """Yield the opened file, the key and the shape of a module's weight."""
         key = f"{module}.weight"
-        if key not in self._files:
+        if key not in self.files:
             raise BackboneError(
                 f"{self.folder}: no weight '{key}' for module '{module}'; there are "
-                f"{_few(self._files)}. Give a model of the architecture that the adapters were "
+                f"{_few(self.files)}. Give a model of the architecture that the adapters were "
                 "trained on (a tied weight is stored under one of its names only)"
             )
-        path = self._files[key]
+        path = self.files[key]
         with _opened(path) as file:
             part = file.get_slice(key)
             kind, shape = part.get_dtype(), part.get_shape()

@@ -149,6 +149,35 @@ def merge_files(
     print(f"{output}: rank {rank}{lost}")
 
 
+def export(
+    base: str,
+    adapter: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    quantization: Literal["nf4"] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write base and adapter as one folder of full weights, and say what precision was lost.
+
+    Args:
+        base: alias, hub id or folder of the base model; one stored in 4 bits is dequantised first.
+        adapter: PEFT folder, such as that of a merge.
+        output: folder for weights, config, tokenizer and export.json.
+        dtype: of the weights; the sum W + ΔW is taken in fp32.
+        quantization: nf4 writes the weights that an adapter of a 4-bit base was trained on.
+        overwrite: replace an earlier export in ``output``.
+    """
+    from rich.progress import track
+
+    from sst_lightning.modules.export import export_summary, export_weights
+
+    record = export_weights(
+        base, adapter, output, dtype, quantization, overwrite,
+        lambda names: track(names, description="exporting"),
+    )  # fmt: skip
+    print("\n".join([f"{output}:", *(f"- {line}" for line in export_summary(record))]))
+
+
 def paired(
     models: list[str],
     reference: str,
@@ -292,6 +321,7 @@ def run(command: str, arguments: Sequence[str]) -> None:
         "study": study,
         "report": report,
         "merge-files": merge_files,
+        "export": export,
         "paired": paired,
         "plan-eval": plan_eval,
         "plan": plan,

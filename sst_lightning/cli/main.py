@@ -13,6 +13,7 @@ also available (each has its own --help):
     study               the same for a YAML recipe of your own
     report              draw report.md and report.html again from a results.json
     merge-files         merge adapter folders without the base model, module by module
+    export              write base and adapter as full weights, and say what precision was lost
     paired              compare tested models with one of them, item by item
     plan-eval           how many items a difference needs, or what given items show
     plan                memory and disk of a stage, and what to change where it does not fit
@@ -104,8 +105,8 @@ def expand_shortcuts(arguments: list[str]) -> list[str]:
 def _dispatch(arguments: list[str]) -> None:
     command = arguments[0] if arguments else "--help"
     if command in (
-        *("demo", "study", "report", "merge-files", "paired", "plan-eval"),
-        *("plan", "methods", "configs"),
+        *("demo", "study", "report", "merge-files", "export", "paired"),
+        *("plan-eval", "plan", "methods", "configs"),
     ):
         from sst_lightning.cli import commands
 

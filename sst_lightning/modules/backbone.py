@@ -31,6 +31,8 @@ ALIASES: dict[str, str] = {
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Quantization = Literal["nf4"]
+Storage = Literal["float32", "bfloat16", "float16", "nf4"]
+"""How the weights of a base's linear layers are stored: plain numbers, or 4 bits."""
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -118,7 +120,7 @@ def load_backbone(
     source = resolve(name)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": attention}
     if quantization is not None:
-        options["quantization_config"] = _nf4_config(quantization, DTYPES[dtype], device)
+        options["quantization_config"] = nf4_config(quantization, DTYPES[dtype], device)
     if quantization is not None or device.type != "cpu":
         options["device_map"] = {"": device}
     with quiet_transformers():
@@ -129,6 +131,33 @@ def load_backbone(
     # this attribute into base_model_name_or_path.
     model.name_or_path = identity(name)
     return model.requires_grad_(False).eval()
+
+
+def nf4_config(
+    quantization: Quantization, dtype: torch.dtype, device: torch.device | None = None
+) -> BitsAndBytesConfig:
+    """Return the configuration of 4-bit weights: NF4 with double quantisation (QLoRA, 2023).
+
+    Args:
+        quantization: ``nf4``.
+        dtype: of what is not quantised, and of products on a GPU.
+        device: where the weights go; default the CPU.
+
+    Raises:
+        BackboneError: another quantisation, or bitsandbytes is missing.
+    """
+    if quantization != "nf4":
+        raise BackboneError(f"quantization '{quantization}' is not known: use nf4, or none")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BackboneError("quantization 'nf4' needs bitsandbytes: pip install bitsandbytes")
+    on_cpu = device is None or device.type == "cpu"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        # bf16 products of dequantised weights are a hundred times slower than fp32 ones on CPUs.
+        bnb_4bit_compute_dtype=torch.float32 if on_cpu else dtype,
+    )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -179,20 +208,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _is_path(name: str) -> bool:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return looks_like_path or (name not in ALIASES and Path(name).is_dir())
-
-
-def _nf4_config(quantization: str, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
-    if quantization != "nf4":
-        raise BackboneError(f"quantization '{quantization}' is not known: use nf4, or none")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise BackboneError("quantization 'nf4' needs bitsandbytes: pip install bitsandbytes")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        # bf16 products of dequantised weights are a hundred times slower than fp32 ones on CPUs.
-        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else dtype,
-    )
 
 
 def _keep_nf4_layout(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sst_lightning.algebra.files import move_folder, remove_outputs
 from sst_lightning.algebra.methods import AdditiveMethod, MergeMethod, MergeProblem
 from sst_lightning.algebra.rank import EXACT, RankRule
 from sst_lightning.data.rows import fingerprint_rows
-from sst_lightning.data.safety_utility import SafetyUtilityData
+from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
 from sst_lightning.metrics.scores import ModelScores
 from sst_lightning.modules.evaluator import Evaluator
 from sst_lightning.modules.merge import MergeModule
@@ -30,7 +29,7 @@ from sst_lightning.report.records import write_records
 from sst_lightning.report.report import log_figures, write_report
 from sst_lightning.report.suite_summary import suite_facts
 from sst_lightning.report.summary import Candidate, build_records
-from sst_lightning.suites.datamodule import SuiteData
+from sst_lightning.suites.datamodule import SuiteData, SuiteTask
 
 RESULTS = (
     "adapter",
@@ -56,6 +55,19 @@ class Merge:
     folder: Path
     recipe: dict[str, Any]
     diagnostics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of a report; ``merge`` is the name of a merge without the setting's."""
+
+    name: str
+    method: str
+    adapter: LoraAdapter | None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    merge: str | None = None
 
 
 class Comparison:
@@ -98,6 +110,10 @@ class Comparison:
             suites.tokenizer_name = model.base
             suites.setup("test")
         self.merger = Merger(trainer, model, datamodule, fisher)
+        # Outside a Trainer's entry point; the base goes where the Trainer will run it.
+        model.trainer = trainer
+        # An earlier comparison may have left the base that it measured on.
+        model.change_base(model.own_storage)
         model.configure_model()
         self.merger.check_fishers()
         self.evaluator = Evaluator(
@@ -185,40 +201,49 @@ class Comparison:
         return self._prepared[key]
 
     def finish(self) -> list[dict[str, Any]]:
-        """Evaluate base, inputs and merges; write results.json, report and TensorBoard figures."""
-        candidates = [self._candidate("base", "base", {}, self._evaluate(None, "base"))]
-        names = self._utility_names()
-        for name, adapter in zip(names, self.model.utility_adapters, strict=True):
-            scores = self._evaluate(adapter, name)
-            candidates.append(self._candidate(name, "adapter", {}, scores))
-        if self.model.has_utility_merge:
-            parameters = {"weights": self.model.utility_weights}
-            name = "+".join(names) if len(names) > 1 else f"{names[0]} weighted"
-            scores = self._evaluate(self.model.utility_merge(), name)
-            candidates.append(self._candidate(name, "utility_merge", parameters, scores))
-        # What every merge starts from at α = 0.
-        reference = candidates[-1].scores
-        safety = self._evaluate(self.model.safety_adapter, "A7")
-        candidates.append(self._candidate("A7", "adapter", {}, safety))
-        for number, merge in enumerate(self.merges, 1):
-            rank_zero_info(f"evaluating merge {number} of {len(self.merges)}: {merge.folder.name}")
-            scores = self._evaluate(merge.adapter, merge_name(merge.method, merge.alpha))
-            candidates.append(
-                self._candidate(
-                    f"{self.setting} {merge_name(merge.method, merge.alpha)}",
-                    merge.method.label(),
-                    {**merge.method.parameters(), "alpha": merge.alpha},
-                    scores,
-                    merge.diagnostics,
-                    {"adapter": str(merge.folder), **merge.recipe},
-                )
+        """Evaluate base, inputs and merges; write results.json, report and TensorBoard figures.
+
+        On each storage of ``model.served_on``: the figures are those of the first, the others have
+        paired differences to it. Suites run on the first alone.
+        """
+        models = self._models()
+        merged_on = {
+            "storage": self.model.storage,
+            "base_sha256": self.model.base_fingerprint(),
+        }
+        served, *_ = self.model.served_on
+        scores: dict[str, list[ModelScores]] = {}
+        bases: dict[str, dict[str, Any]] = {}
+        self._input_logits = None
+        # That which is loaded goes first: a base is loaded once at most.
+        for storage in sorted(self.model.served_on, key=lambda name: name != self.model.storage):
+            self.model.change_base(storage)
+            scores[storage] = self._evaluate(models, with_suites=storage == served)
+            bases[storage] = self._base()
+        settings = bases[served]["evaluation"]
+        candidates = [
+            Candidate(
+                model=model.name,
+                method=model.method,
+                parameters=model.parameters,
+                scores=scores[served][index],
+                diagnostics=model.diagnostics,
+                provenance=provenance(bases[served]["base_sha256"], settings, model.recipe)
+                | {"merged_on": merged_on},
+                on_other_bases={
+                    storage: found[index] for storage, found in scores.items() if storage != served
+                },
             )
+            for index, model in enumerate(models)
+        ]
+        safety = [model.adapter for model in models].index(self.model.safety_adapter)
         records = build_records(
             candidates,
             setting=self.setting,
             utility_tasks=list(self.datamodule.utility),
-            reference=reference,
-            safety=safety,
+            # What every merge starts from at α = 0.
+            reference=candidates[safety - 1].scores,
+            safety=candidates[safety].scores,
             rows=self.datamodule.test_rows(),
             suites=(
                 suite_facts(self.suites.evaluation_tasks, self.suites.judges) if self.suites else {}
@@ -230,36 +255,54 @@ class Comparison:
             log_figures(records, self.output / "tensorboard" / "report")
         return records
 
-    def _evaluate(self, adapter: LoraAdapter | None, name: str) -> ModelScores:
-        return self.evaluator.evaluate(adapter, slug(name))
+    def _models(self) -> list["_Model"]:
+        """Base, utility adapters, their merge, the safety adapter and the merges, in this order."""
+        model = self.model
+        names = self._utility_names()
+        result = [_Model("base", "base", None)]
+        result += [
+            _Model(name, "adapter", adapter)
+            for name, adapter in zip(names, model.utility_adapters, strict=True)
+        ]
+        if model.has_utility_merge:
+            parameters = {"weights": model.utility_weights}
+            name = "+".join(names) if len(names) > 1 else f"{names[0]} weighted"
+            result.append(_Model(name, "utility_merge", model.utility_merge(), parameters))
+        result.append(_Model("A7", "adapter", model.safety_adapter))
+        return result + [
+            _Model(
+                f"{self.setting} {merge_name(merge.method, merge.alpha)}",
+                merge.method.label(),
+                merge.adapter,
+                {**merge.method.parameters(), "alpha": merge.alpha},
+                merge.diagnostics,
+                {"adapter": str(merge.folder), **merge.recipe},
+                merge_name(merge.method, merge.alpha),
+            )
+            for merge in self.merges
+        ]
 
-    def _candidate(
-        self,
-        model: str,
-        method: str,
-        parameters: Mapping[str, Any],
-        scores: ModelScores,
-        diagnostics: Mapping[str, Any] | None = None,
-        recipe: Mapping[str, Any] | None = None,
-    ) -> Candidate:
-        return Candidate(
-            model=model,
-            method=method,
-            parameters=dict(parameters),
-            scores=scores,
-            diagnostics=dict(diagnostics or {}),
-            provenance=provenance(
-                self.model.base_fingerprint(),
-                self.model.evaluation_settings(
-                    [
-                        *self.datamodule.evaluation_tasks,
-                        *(self.suites.evaluation_tasks if self.suites else ()),
-                    ],
-                    self.trainer,
-                ),
-                recipe,
-            ),
-        )
+    def _evaluate(self, models: list["_Model"], with_suites: bool) -> list[ModelScores]:
+        result = []
+        for number, model in enumerate(models, 1):
+            rank_zero_info(
+                f"evaluating model {number} of {len(models)} on the base in "
+                f"{self.model.storage}: {model.name}"
+            )
+            folder = slug(model.name if model.merge is None else model.merge)
+            result.append(self.evaluator.evaluate(model.adapter, folder, with_suites))
+        return result
+
+    def _base(self) -> dict[str, Any]:
+        """What a record says of the base that is loaded."""
+        tasks: list[EvaluationTask | SuiteTask] = [
+            *self.datamodule.evaluation_tasks,
+            *(self.suites.evaluation_tasks if self.suites else ()),
+        ]
+        return {
+            "base_sha256": self.model.base_fingerprint(),
+            "evaluation": self.model.evaluation_settings(tasks, self.trainer),
+        }
 
     def _check_names(self) -> None:
         """Refuse names under which two models of the report would be one.

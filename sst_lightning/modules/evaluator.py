@@ -49,12 +49,15 @@ class Evaluator:
         self.suites = suites
         self.models = models
 
-    def evaluate(self, adapter: LoraAdapter | None, name: str) -> ModelScores:
+    def evaluate(
+        self, adapter: LoraAdapter | None, name: str, with_suites: bool = True
+    ) -> ModelScores:
         """Return the scores of one model.
 
         Args:
             adapter: on the base model; ``None`` is the bare base.
             name: of the folder with the suites' examples.
+            with_suites: run the suites too, where there are any.
         """
         weights = "base" if adapter is None else adapter.fingerprint
         all_tasks = self.datamodule.evaluation_tasks
@@ -73,7 +76,7 @@ class Evaluator:
                     scores.save(files[task.name])
             self.trainer.strategy.barrier()
         result = merge_scores([ModelScores.load(files[task.name]) for task in all_tasks])
-        if self.suites is not None:
+        if self.suites is not None and with_suites:
             self._run_suites(self.suites, adapter, weights, name, result)
         return result
 

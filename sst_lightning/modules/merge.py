@@ -1,9 +1,11 @@
 """LightningModule that holds a base model and adapters in their common core space."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
@@ -13,6 +15,7 @@ from sst_lightning.modules.backbone import (
     Attention,
     Dtype,
     Quantization,
+    Storage,
     backbone_fingerprint,
     identity,
 )
@@ -37,9 +40,15 @@ class MergeModule(EvaluationModule):
         attention: attention implementation.
         quantization: ``nf4`` for 4-bit base weights.
         max_new_tokens: length of generated answers.
+        served_on: storages of the base that ``merge`` and ``compare`` measure all models on: first
+            the one they will be served on, which has the report's figures, then others, which have
+            their differences to it. When not given, the one that ``dtype`` and ``quantization`` name.
+            Fishers are taken on that one in any case, and merges verified and budgets kept. Only one
+            base is in memory at a time.
 
     Raises:
         AdapterError: an adapter cannot be read, or the adapters do not fit each other or the base.
+        SSTMergeError: no utility adapter, weights that do not fit, or a storage twice.
     """
 
     def __init__(
@@ -52,8 +61,17 @@ class MergeModule(EvaluationModule):
         attention: Attention = "auto",
         quantization: Quantization | None = None,
         max_new_tokens: int = 24,
+        served_on: list[Storage] | None = None,
     ) -> None:
         super().__init__(base, dtype, attention, quantization, max_new_tokens)
+        self.own_storage = self.storage
+        self._dtype_beside_nf4 = dtype
+        self.served_on: list[Storage] = [self.own_storage] if served_on is None else list(served_on)
+        if not self.served_on or len(set(self.served_on)) < len(self.served_on):
+            raise SSTMergeError(
+                f"model.served_on is {self.served_on}: give each storage once, first the one that "
+                "the merge will be served on, such as [bfloat16, nf4]"
+            )
         if not utility:
             raise SSTMergeError("model.utility is empty: give at least one utility adapter folder")
         weights = (
@@ -76,6 +94,33 @@ class MergeModule(EvaluationModule):
         self.merge_core: Cores | None = None
         self._injector: CoreInjector | None = None
         self._fingerprint: str | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """How the weights of the base's linear layers are stored now."""
+        return self.quantization or self.dtype_name
+
+    def change_base(self, storage: Storage) -> None:
+        """Take the same base in another storage; the one that is loaded is freed before.
+
+        Args:
+            storage: with ``nf4`` what is not quantised has the module's own ``dtype``.
+        """
+        if storage == self.storage:
+            return
+        if self._injector is not None:
+            self._injector.remove()
+        self._injector = self._fingerprint = self.model = None
+        # The last test pass: its caches of prompts hold the model.
+        self.suites = self.output_store = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if storage == "nf4":
+            self.quantization, self.dtype_name = "nf4", self._dtype_beside_nf4
+        else:
+            self.quantization, self.dtype_name = None, storage
+        self.configure_model()
 
     @property
     def has_utility_merge(self) -> bool:

@@ -16,10 +16,12 @@ The file is a JSON list of records. Every record has
   harmless prompts, primary metric of each suite).
   ``front_probability`` is the share of resamples in which a merge is on the Pareto front of refused
   attacks, utility cost and over-refusal; its interval is the Monte-Carlo error of that share.
+  ``<metric>_difference/<storage>`` is the metric on the base in another storage (such as ``nf4``)
+  less that on the base it was measured on, paired by row.
 
 Optional: ``diagnostics`` (``kept_energy`` by module; ``spectrum`` with ``in_sample`` and
 ``held_out``), ``generations`` (``kind``, ``prompt``, ``response``; mild ones) and ``provenance``
-(versions, seed, hashes, recipe).
+(versions, seed, hashes, recipe; ``merged_on``: the base that Fishers were taken on).
 """
 
 import json

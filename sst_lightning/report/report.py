@@ -11,6 +11,7 @@ import markdown
 from torch.utils.tensorboard import SummaryWriter
 
 from sst_lightning.algebra.files import write_text
+from sst_lightning.report.base_differences import bases_text
 from sst_lightning.report.figures import all_figures, merges_of, save_figure, settings_of, slug
 from sst_lightning.report.records import Record
 from sst_lightning.report.suite_summary import suites_table
@@ -111,6 +112,7 @@ def _markdown(records: Sequence[Record], title: str, figures: Sequence[str]) -> 
         parts += [f"![{name}](figures/{name}.png)\n" for name in figures if name in own_figures]
         own = [r for r in records if r["setting"] == setting]
         parts.append(models_table([r for r in own if r["method"] != "comparison"]))
+        parts.append(bases_text([r for r in own if r["method"] != "comparison"]))
         parts.append(suites_table([r for r in own if r["method"] != "comparison"]))
         parts.append(comparisons_table([r for r in own if r["method"] == "comparison"]))
         parts += [_budget(record) for record in own if "budget" in record.get("provenance", {})]
@@ -171,7 +173,15 @@ def _provenance(records: Sequence[Record]) -> str:
     lines = ["## How this was made\n", "```json"]
     shared: dict[str, Any] = {}
     for record in records:
-        for key in ("sst_merge", "python", "versions", "seed", "base_sha256", "evaluation"):
+        for key in (
+            "sst_merge",
+            "python",
+            "versions",
+            "seed",
+            "base_sha256",
+            "merged_on",
+            "evaluation",
+        ):
             if key in record.get("provenance", {}):
                 shared.setdefault(key, record["provenance"][key])
     merges = {

@@ -18,6 +18,7 @@ from sst_lightning.data.rows import Row
 from sst_lightning.metrics.judge_errors import RULE_ERRORS, corrected_share
 from sst_lightning.metrics.refusal_judge import rules_fingerprint
 from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.report.base_differences import base_differences
 from sst_lightning.report.entries import tested_difference, to_json
 from sst_lightning.report.method_comparison import comparison_records, model_curve
 from sst_lightning.report.row_clusters import RowClusters
@@ -45,6 +46,7 @@ class Candidate:
         scores: per-example scores.
         diagnostics: kept energy and spectrum of a merge.
         provenance: versions, seed, hashes.
+        on_other_bases: scores of the same adapter on other storages of the base, by storage.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Candidate:
     scores: ModelScores
     diagnostics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    on_other_bases: Mapping[str, ModelScores] = field(default_factory=dict)
 
 
 def build_records(
@@ -81,6 +84,9 @@ def build_records(
         metrics = model_metrics(candidate.scores, utility_tasks, clusters)
         metrics |= group_metrics(candidate.scores, rows)
         metrics |= suite_metrics(candidate.scores.examples, facts)
+        metrics |= base_differences(
+            candidate.scores, candidate.on_other_bases, utility_tasks, clusters
+        )
         if reference is not None and safety is not None and "alpha" in candidate.parameters:
             metrics |= tax_metrics(candidate.scores, reference, safety, utility_tasks, clusters)
         record: dict[str, Any] = {

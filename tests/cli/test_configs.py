@@ -18,12 +18,18 @@ from tests.small_merge import save_inputs
 FIT = ("a5_repliqa.yaml", "a6_alpaca.yaml", "a7_security.yaml")
 FISHER = ("fisher_a5_a7.yaml", "fisher_a6_a7.yaml")
 MERGE = ("merge_a5_a7.yaml", "merge_a6_a7.yaml", "merge_a5_a6_a7.yaml", "merge_own.yaml")
+QLORA = [
+    *(("fit", f"{name}_qlora.yaml") for name in ("a5_repliqa", "a6_alpaca", "a7_security")),
+    *(("validate", f"fisher_{name}_a7_qlora.yaml") for name in ("a5", "a6")),
+    *(("merge", f"merge_{name}_a7_qlora.yaml") for name in ("a5", "a6")),
+]
 COMMANDS = [
     *(("fit", name) for name in FIT),
     *(("validate", name) for name in FISHER),
     *((command, name) for command in ("merge", "compare") for name in MERGE),
     ("test", "test.yaml"),
     ("test", "eval/minimal.yaml"),
+    *QLORA,
 ]
 # Their data is on the hub, or in a folder of the user's.
 ELSEWHERE = [("test", "eval/full.yaml"), ("test", "eval/local.yaml")]
@@ -47,6 +53,9 @@ def arguments(command, name, made):
     """What makes a shipped config small: the nano base, random adapters, few short rows."""
     result = [command, f"--config=configs/{name}", f"--model.base={made.base}", *TINY["trainer"]]
     if command == "fit":
+        if "qlora" in name:
+            # The paged one needs a GPU.
+            result.append("--model.optimizer=adamw")
         return [*result, "--data.max_length=120", "--data.max_samples=8"]
     if name.startswith("eval/"):
         return [*result, f"--adapter={made.safety}"]
@@ -112,6 +121,14 @@ def test_every_stage_of_the_demo_recipes_parses(here, capfd, name):
                 if callback["class_path"].endswith("AdapterExport")
             ]
             assert path == f"{folder}/{stage.name}/adapter"
+
+
+def test_a_paged_optimizer_without_a_gpu_is_refused_before_anything_is_written(here, capfd, made):
+    words = [w for w in arguments("fit", QLORA[0][1], made) if "optimizer" not in w]
+    outcome = run(capfd, *words)
+    assert outcome.code == 2
+    assert "model.optimizer: adamw" in outcome.errors[0]
+    assert files(here) == {}
 
 
 def test_config_record_goes_beside_the_logs_and_never_into_the_current_folder(here, capfd, made):

@@ -45,7 +45,7 @@ def test_steps_are_those_of_adamw_and_the_state_has_its_size(name, bits):
     torch.testing.assert_close(parameters[1].data, weights[1], rtol=1e-4, atol=1e-6)
     kept = {tuple(p.shape): optimizer.state[p] for p in parameters}
     moments = {
-        shape: [v for key, v in state.items() if key in ("exp_avg", "state1")][0]
+        shape: next(v for key, v in state.items() if key in ("exp_avg", "state1"))
         for shape, state in kept.items()
     }
     assert moments[LARGE].element_size() == bits // 8
@@ -93,7 +93,6 @@ def test_resumed_qlora_run_is_the_uninterrupted_one(nano, tmp_path, monkeypatch)
     resumed = fit(nano, tmp_path / "resumed.ckpt", tmp_path / "half.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
     state = torch.load(tmp_path / "half.ckpt", weights_only=True)["optimizer_states"][0]["state"]
-    text = str({key: value for key, value in state[0].items()})
-    assert "uint8" in text
-    with pytest.raises(MisconfigurationException, match="resume with model.optimizer: adamw_8bit"):
+    assert "uint8" in str(state[0])
+    with pytest.raises(MisconfigurationException, match=r"resume with .*: adamw_8bit"):
         fit(nano, tmp_path / "no.ckpt", tmp_path / "half.ckpt", optimizer="adamw")
