@@ -75,7 +75,7 @@ def merge_weight(
         update = factors.scaling * (factors.B.float() @ factors.A.float())
         delta = _norm(update)
         exact += update
-    rounded = exact.to(dtype)
+    rounded = exact.to(dtype, copy=True)
     # In place: the embeddings of a large model take gigabytes.
     rounding = _norm(exact.sub_(rounded))
     if not math.isfinite(rounding):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sst_lightning.algebra.errors import SSTMergeError
-from sst_lightning.algebra.tensor_file import TensorFile, write_tensors
+from sst_lightning.algebra.tensor_file import CODES, TensorFile, write_tensors
 
 TENSORS = {
     "b": torch.arange(6.0).reshape(2, 3),
@@ -34,6 +34,18 @@ def test_other_layouts_are_written_by_value(tmp_path):
     loaded = load_file(path)
     assert torch.equal(loaded["t"], tensors["t"].float())
     assert torch.equal(loaded["h"], torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=CODES.get)
+def test_tensors_are_written_in_the_dtype_asked_for(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    tensors = {"one": torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "plain": torch.ones(3)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(path, shapes, tensors.items(), {}, {"one": dtype})
+    loaded = load_file(path)
+    assert loaded["one"].dtype == dtype
+    assert torch.equal(loaded["one"], tensors["one"].to(dtype))
+    assert torch.equal(loaded["plain"], tensors["plain"])
 
 
 def test_a_file_of_the_library_is_read_tensor_by_tensor(tmp_path):

@@ -32,7 +32,8 @@ def save_adapter(base, folder, targets=PROJECTIONS, **options):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    # Of an adapted output layer PEFT would save the base's weight too.
+    model.save_pretrained(folder, save_embedding_layers=False)
     return str(folder)
 
 
