@@ -242,7 +242,9 @@ class CausalLMModule(LightningModule):
             self.log(name, metric.compute(), prog_bar=True)
 
 
-def completion_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def completion_nll(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute each sequence's summed NLL from the last hidden states.
 
     The head sees the labelled positions only, gathered into a matrix (see
@@ -250,8 +252,9 @@ def completion_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tu
 
     Args:
         model: gives the language-model head.
-        hidden: (B, T, width).
+        hidden: (B, T, width), or (1, N, width) with ``places``.
         labels: (B, T), -100 where there is none.
+        places: (B, T) which of N states belongs to each position.
 
     Returns:
         NLL in nats, fp32 (B,), and number of labelled tokens (B,).
@@ -259,7 +262,8 @@ def completion_nll(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tu
     # The state at position t predicts token t + 1.
     labels = labels[:, 1:]
     sequence, position = (labels != -100).nonzero(as_tuple=True)
-    logits = model.get_output_embeddings()(hidden[sequence, position]).float()
+    index = (sequence, position) if places is None else (0, places[sequence, position])
+    logits = model.get_output_embeddings()(hidden[index]).float()
     nll = F.cross_entropy(logits, labels[sequence, position], reduction="none")
     total = nll.new_zeros(labels.shape[0]).index_add(0, sequence, nll)
     return total, (labels != -100).sum(1)

@@ -22,13 +22,19 @@ from sst_lightning.modules.backbone import (
     backbone_fingerprint,
     identity,
 )
-from sst_lightning.modules.causal_lm import Batch, CausalLMModule
+from sst_lightning.modules.causal_lm import Batch, CausalLMModule, completion_nll
 from sst_lightning.modules.live_adapter import live_adapter
 from sst_lightning.modules.optimizer import (
     OptimizerName,
     check_optimizer,
     check_same_state,
     make_optimizer,
+)
+from sst_lightning.modules.prefix_tree import (
+    can_share_prefixes,
+    prefix_tree,
+    takes_less_memory,
+    tree_states,
 )
 from sst_lightning.modules.processes import gather
 from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
@@ -113,6 +119,7 @@ class SupervisedLoRA(CausalLMModule):
         self.strict_loading = False
         self._resumed_from: dict[str, Any] | None = None
         self._step_mean = TokenMean()
+        self._shares_prefixes = False
 
     def setup(self, stage: str) -> None:
         """Refuse an optimizer that cannot run here; the base is not loaded yet.
@@ -148,6 +155,8 @@ class SupervisedLoRA(CausalLMModule):
                 f"target_modules: {type(base).__name__} has no module called '{missing[0]}'; give "
                 "the names of its linear layers (the last part, such as q_proj)"
             )
+        # With dropout, sequences would lose the same inputs where they share them.
+        self._shares_prefixes = self.hparams["dropout"] == 0 and can_share_prefixes(base)
         if self.gradient_checkpointing:
             # transformers 5 renamed it on the way; the old name warns where the new one exists.
             old = base.gradient_checkpointing_enable
@@ -179,6 +188,18 @@ class SupervisedLoRA(CausalLMModule):
                 f"{len(layers)} layers that support it, or they are in eval mode"
             )
 
+    def training_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`sequence_nll` does, computing once what sequences begin with in common.
+
+        Validation does not: the gradients of single sequences are what a Fisher is made of.
+        """
+        lm = self.language_model
+        if self._shares_prefixes:
+            tree = prefix_tree(batch["input_ids"], batch["attention_mask"])
+            if takes_less_memory(tree, lm):
+                return completion_nll(lm, tree_states(lm, tree), batch["labels"], tree.nodes)
+        return self.sequence_nll(batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return this process's part of the NLL per completion token (:class:`TokenMean`).
 
@@ -188,7 +209,7 @@ class SupervisedLoRA(CausalLMModule):
             MisconfigurationException: no row, in any process, has a completion token.
             FloatingPointError: the loss is NaN or infinite in some process.
         """
-        nll, tokens = self.sequence_nll(batch)
+        nll, tokens = self.training_nll(batch)
         total, count = self._step_mean.add(nll, tokens, self.trainer)
         # The sums are those of all processes: all raise, or the others would wait for ever.
         if count == 0:
