@@ -30,3 +30,11 @@ class OutputExistsError(SSTMergeError):
 
 class JudgeError(SSTMergeError):
     """A judge of answers is missing, or gave what is not a score."""
+
+
+class DiskFullError(SSTMergeError):
+    """An output does not fit on its disk; what was there before is unchanged."""
+
+
+class CheckpointError(SSTMergeError):
+    """A checkpoint cannot be read, or belongs to another model."""

@@ -1,13 +1,20 @@
 """Atomic output: after a kill, a path holds either the old content or the new, never a part."""
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sst_lightning.algebra.errors import OutputExistsError
+from sst_lightning.algebra.errors import DiskFullError, OutputExistsError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# linux/fcntl.h and linux/fs.h
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
 
 
 def refuse_overwrite(path: str | Path, overwrite: bool, flag: str = "--overwrite") -> None:
@@ -23,15 +30,25 @@ def refuse_overwrite(path: str | Path, overwrite: bool, flag: str = "--overwrite
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step."""
+def atomic_file(path: str | Path, size: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step.
+
+    Args:
+        path: the file.
+        size: its bytes, where they are known before, for the error.
+
+    Raises:
+        DiskFullError: the file does not fit on its disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with _says_when_full(path, lambda: size or 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _says_when_full(path, lambda: size or temporary.stat().st_size):
+            yield temporary
         # mkstemp makes the file private; outputs follow the umask like any other file.
         umask = os.umask(0)
         os.umask(umask)
@@ -43,12 +60,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``."""
+    """Yield a temporary folder beside ``path``; on success it takes the place of ``path``.
+
+    Raises:
+        DiskFullError: the folder does not fit on its disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    with _says_when_full(path, lambda: 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        yield temporary
+        with _says_when_full(path, lambda: _size(temporary)):
+            yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -60,16 +83,28 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def move_folder(source: Path, path: Path) -> None:
     """Make ``source``, a folder beside ``path``, take the place of ``path``.
 
-    A folder cannot be replaced in one system call: the old one is moved aside first, so a kill in
-    between leaves the complete new folder (or the complete old one) under another name.
+    On Linux the two change places in one system call. Where the file system cannot do that, the old
+    folder is moved aside first: a kill in between leaves both complete, under other names.
     """
     if not path.exists():
         source.replace(path)
+        return
+    if _exchange(source, path):
+        shutil.rmtree(source)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     path.replace(old / path.name)
     source.replace(path)
     shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change places (renameat2); False where that is not to be had."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return bool(rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
 
 
 def remove_outputs(folder: Path, names: Sequence[str]) -> None:
@@ -86,3 +121,35 @@ def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, of this program or of a library that writes files, is a full disk."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    # safetensors (Rust) and numpy.tofile tell it by their message alone.
+    text = str(error)
+    return any(os.strerror(number) in text for number in FULL) or (
+        isinstance(error, OSError) and "requested and" in text and text.endswith("written")
+    )
+
+
+@contextmanager
+def _says_when_full(path: Path, size: Callable[[], int]) -> Iterator[None]:
+    """Turn the errors of a full disk into one that says what is needed and what there is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DiskFullError) or not disk_is_full(error):
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        raise DiskFullError(
+            f"{path}: does not fit on its disk ({error}): it needs {size():,} bytes or more, and "
+            f"{shutil.disk_usage(folder).free:,} are free. What was there before is unchanged: free "
+            "space or choose another output, and run again"
+        ) from error
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from sst_lightning.algebra.errors import SSTMergeError
+from sst_lightning.algebra.files import disk_is_full
 
 EPILOGUE = """
 also available (each has its own --help):
@@ -39,6 +41,14 @@ TEST_SHORTCUTS = {
     "--allow_code_execution": "--data.allow_code_execution",
 }
 
+# What is said after a signal.
+HOW_TO_GO_ON = {
+    "fit": "run the same command with --ckpt_path last",
+    "merge": "run the same command with --overwrite: evaluations that are finished are not repeated",
+    "compare": "run the same command with --overwrite: evaluations that are finished are not repeated",
+    "test": "run the same command again: answers under the output are not repeated",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors the user can act on are printed without a traceback.
@@ -47,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; ``sys.argv`` when not given.
 
     Returns:
-        0 on success, 2 when the input was wrong.
+        0 when the work is complete, 2 when it failed for a reason the user can remove (wrong input,
+        a full disk, a loss that is not finite), 130 after Ctrl-C and 143 after SIGTERM. Defects of
+        the program are raised.
     """
     arguments = expand_shortcuts(
         complete_switches(sys.argv[1:] if arguments is None else arguments)
@@ -57,22 +69,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # bitsandbytes warns at import, on every CPU, of an optional kernel that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from sst_lightning.modules.interruption import Interrupted, interruptible
 
     try:
-        _dispatch(arguments)
-    except Exception as error:
-        # jsonargparse wraps what a class raises while the command line builds it.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(
-            cause, SSTMergeError | MisconfigurationException
-        ):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        with interruptible():
+            _dispatch(arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning makes 1 of Ctrl-C.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            stop = Interrupted(signal.SIGINT)
+        if not isinstance(stop, Interrupted):
             raise
-        print(f"sst-merge: error: {cause}", file=sys.stderr)
+        how = HOW_TO_GO_ON.get(arguments[0], "run the same command again")
+        print(f"sst-merge: {stop}; to go on, {how}", file=sys.stderr)
+        return 128 + stop.number
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"sst-merge: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _message(error: BaseException) -> str | None:
+    """What to tell the user of an error that is not a defect of the program."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    ours = (SSTMergeError, MisconfigurationException, FloatingPointError)
+    # jsonargparse wraps what a class raises while the command line builds it.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ours):
+            return str(cause)
+        if isinstance(cause, OSError) and disk_is_full(cause):
+            return f"a disk is full: {cause}. Free space and run again"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def complete_switches(arguments: Sequence[str]) -> list[str]:

@@ -170,9 +170,11 @@ class _Reader:
         )
 
     def checkpoints(self) -> int:
-        """Files that ModelCheckpoint keeps; Lightning adds one that keeps the last."""
+        """Files that checkpoint callbacks keep; Lightning adds one that keeps the last."""
         if self.trainer.enable_checkpointing is False:
             return 0
+        if any(item.class_path.endswith(".FitCheckpoint") for item in self.trainer.callbacks or []):
+            return 2
         count = [
             max(0, item.init_args.save_top_k) + bool(item.init_args.save_last)
             for item in self.trainer.callbacks or []

@@ -9,6 +9,7 @@ loader the saved position only if the loader does not exist yet, but a module th
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
@@ -56,3 +57,30 @@ def restore_position(checkpoint: dict[str, Any], trainer: Trainer) -> None:
             "an epoch, and the training data loader cannot be resumed there: use "
             "sst_lightning.data.resumable.ResumableLoader, or a checkpoint of an epoch's end"
         )
+
+
+def use_learning_rate(
+    optimizer: dict[str, Any], scheduler: dict[str, Any], learning_rate: float, weight_decay: float
+) -> None:
+    """Let a checkpoint's optimizer go on with another peak learning rate, at its place in the decay.
+
+    Without this the checkpoint's would win, and a run that ended in a loss that is not finite would
+    end there again whatever learning rate is given.
+
+    Args:
+        optimizer: state of AdamW in a checkpoint; changed in place.
+        scheduler: state of its LambdaLR; changed in place.
+        learning_rate: peak learning rate from here on.
+        weight_decay: weight decay from here on.
+    """
+    for group in optimizer["param_groups"]:
+        old = group["initial_lr"]
+        if old != learning_rate:
+            rank_zero_info(
+                f"learning_rate {learning_rate:g} in the place of the checkpoint's {old:g}"
+            )
+            group["lr"] *= learning_rate / old
+            group["initial_lr"] = learning_rate
+        group["weight_decay"] = weight_decay
+    scheduler["base_lrs"] = [learning_rate for _ in scheduler["base_lrs"]]
+    scheduler["_last_lr"] = [group["lr"] for group in optimizer["param_groups"]]

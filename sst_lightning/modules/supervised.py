@@ -37,7 +37,11 @@ from sst_lightning.modules.prefix_tree import (
     tree_states,
 )
 from sst_lightning.modules.processes import gather
-from sst_lightning.modules.resume import restore_position, rewind_to_optimizer_step
+from sst_lightning.modules.resume import (
+    restore_position,
+    rewind_to_optimizer_step,
+    use_learning_rate,
+)
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
 from sst_lightning.modules.token_mean import TokenMean
 
@@ -254,13 +258,23 @@ class SupervisedLoRA(CausalLMModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the LoRA weights only, and note the base they belong to."""
+        """Keep the LoRA weights only, and note the base they belong to.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; no checkpoint is written.
+        """
         assert self.model is not None
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
             if name in self._trainable()
         }
+        broken = [n for n, value in checkpoint["state_dict"].items() if not value.isfinite().all()]
+        if broken:
+            raise FloatingPointError(
+                f"{len(broken)} LoRA weights are not finite after step {self.global_step}, the first "
+                f"in {broken[0]}: lower learning_rate, and go on from the last checkpoint"
+            )
         checkpoint["base_fingerprint"] = backbone_fingerprint(self.model)
         if self.trainer.state.fn == TrainerFn.FITTING:
             rewind_to_optimizer_step(checkpoint, self.trainer)
@@ -268,27 +282,43 @@ class SupervisedLoRA(CausalLMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits: loading is not strict, so nothing else would.
 
+        The learning rate and weight decay of the command line take the place of the checkpoint's.
+
         Raises:
-            MisconfigurationException: other target modules, another base, or the state of another
-                optimizer.
+            MisconfigurationException: other target modules, another rank, another base, or the state
+                of another optimizer.
         """
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-            check_same_state(self.optimizer, saved)
+            optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
+            check_same_state(self.optimizer, optimizer)
         self.configure_model()
         assert self.model is not None
-        differing = sorted(self._trainable() ^ set(checkpoint["state_dict"]))
+        own = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        saved = checkpoint["state_dict"]
+        differing = sorted(set(own) ^ set(saved))
         if differing:
             raise MisconfigurationException(
                 f"the checkpoint was made with other target_modules: '{differing[0]}' is only in "
                 "one of checkpoint and model"
             )
+        for name, shape in own.items():
+            if saved[name].shape != shape:
+                raise MisconfigurationException(
+                    f"the checkpoint was made with another r or another base: '{name}' is "
+                    f"{tuple(saved[name].shape)} in it and {tuple(shape)} in the model"
+                )
         if checkpoint.get("base_fingerprint") != backbone_fingerprint(self.model):
             raise MisconfigurationException(
                 f"the checkpoint was made on another base model than {self.base} as it is loaded "
                 "now (other weights, or another quantization)"
             )
         self._resumed_from = {"loops": checkpoint["loops"]} if "loops" in checkpoint else None
+        for state, scheduler in zip(
+            checkpoint.get("optimizer_states", []),
+            checkpoint.get("lr_schedulers", []),
+            strict=False,
+        ):
+            use_learning_rate(state, scheduler, self.learning_rate, self.weight_decay)
 
     def core_space(self) -> CoreSpace:
         """Return the core space of the adapter as it is now, for ``FisherCollector``."""

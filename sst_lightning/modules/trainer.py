@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import lazy_instance
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -15,7 +16,9 @@ from sst_lightning.algebra.methods import SST, MergeMethod, TaskArithmetic
 from sst_lightning.algebra.rank import RankRule
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.budget import Budget, check_limit, variants
+from sst_lightning.modules.checkpoint_files import AtomicCheckpointIO
 from sst_lightning.modules.comparison import RESULTS, Comparison
+from sst_lightning.modules.interruption import StopOnSignal
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import check_methods
 from sst_lightning.modules.verification import NothingMerged
@@ -26,7 +29,18 @@ DEFAULT_ALPHAS = [0.5, 1.0, 2.0, 3.5]
 
 
 class SSTTrainer(Trainer):
-    """Lightning's Trainer plus ``merge`` and ``compare``."""
+    """Lightning's Trainer plus ``merge`` and ``compare``.
+
+    It ends at SIGTERM and Ctrl-C where a run can be continued (:class:`StopOnSignal`), and writes and
+    reads checkpoints with :class:`AtomicCheckpointIO`. For the arguments see Lightning's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # After the checkpoint callbacks: what a batch leaves to save is saved first.
+        self.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def merge(
         self,

@@ -1,0 +1,92 @@
+"""Processes that are killed: ``main([...])`` in a forked child, which needs no second import."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sst_lightning.cli.main import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended.
+
+    Attributes:
+        code: exit code, 128 + the number of the signal that ended it, as a shell has it.
+        output: what it wrote to its streams.
+    """
+
+    code: int
+    output: str
+
+
+def run_child(
+    folder: Path,
+    arguments: list[str],
+    before: Callable[[], object] | None = None,
+    seconds: float = 120,
+) -> Ended:
+    """Run the program in a process of its own.
+
+    Args:
+        folder: current folder of the process.
+        arguments: command line.
+        before: called in the process first, to lay traps.
+        seconds: the process is killed, and this raises, when it takes longer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "output.txt"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process == 0:
+        os._exit(_child(folder, log, arguments, before))
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            break
+        if time.monotonic() > end:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise TimeoutError(f"{arguments} did not end:\n{log.read_text()}")
+        time.sleep(0.01)
+    code = os.waitstatus_to_exitcode(status)
+    return Ended(code if code >= 0 else 128 - code, log.read_text())
+
+
+def _child(
+    folder: Path, log: Path, arguments: list[str], before: Callable[[], object] | None
+) -> int:
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        os.chdir(folder)
+        # torch renews its thread pool at the first call after a fork, which must not be several
+        # threads' at once, as it would be when transformers reads weights.
+        torch.set_num_threads(1)
+        # As a shell starts a program; a test runner may ignore them.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if before is not None:
+            before()
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
