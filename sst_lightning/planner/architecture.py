@@ -1,6 +1,7 @@
 """The shapes of a base model without its weights, on the meta device."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ class Architecture:
         implementation = "eager" if attention == "eager" else "sdpa"
         with META, quiet_transformers():
             model = AutoModelForCausalLM.from_config(
-                self.config, attn_implementation=implementation, dtype=DTYPES[dtype]
+                # Its attention is written into the config that a model is made with.
+                deepcopy(self.config),
+                attn_implementation=implementation,
+                dtype=DTYPES[dtype],
             )
         if quantization is not None:
             quantise_linears(model, torch.float32 if accelerator == "cpu" else None)

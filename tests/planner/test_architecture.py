@@ -89,3 +89,9 @@ def test_unknown_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"r": 3}))
     with pytest.raises(BackboneError, match="no model_type"):
         find_architecture(str(tmp_path))
+
+
+def test_a_model_keeps_its_attention_when_another_is_built(architecture):
+    eager = architecture.build("float32", "eager")
+    architecture.build("float32", "sdpa")
+    assert eager.config._attn_implementation == "eager"
