@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from sst_lightning.modules.backbone import (
     load_tokenizer,
 )
 from sst_lightning.modules.generation import Answer, can_hide, continue_prompts, stop_tokens
+from sst_lightning.modules.head_nll import token_nll
 from sst_lightning.modules.plain_head import check_plain_head
 
 Batch = Mapping[str, Any]
@@ -263,7 +263,7 @@ def completion_nll(
     labels = labels[:, 1:]
     sequence, position = (labels != -100).nonzero(as_tuple=True)
     index = (sequence, position) if places is None else (0, places[sequence, position])
-    logits = model.get_output_embeddings()(hidden[index]).float()
-    nll = F.cross_entropy(logits, labels[sequence, position], reduction="none")
+    head = model.get_output_embeddings()
+    nll = token_nll(head, hidden[index], labels[sequence, position])
     total = nll.new_zeros(labels.shape[0]).index_add(0, sequence, nll)
     return total, (labels != -100).sum(1)
