@@ -5,21 +5,15 @@
 Each run is a process of its own, and so is each prediction, which is made before anything has run.
 Measured is VmHWM of /proc/self/status, the most memory a process ever had resident: unlike
 ``getrusage`` it starts at zero with the program. It includes Python and its libraries, and so does the
-prediction, as its term "program"; "net" is without it.
-
-glibc keeps freed blocks of up to 32 MiB for later, in a heap that gets holes, and nothing predicts
-how large it grows. MALLOC_MMAP_THRESHOLD_=131072 gives them back to the system, and is set for the
-measured processes unless --malloc says default.
-The last line is one JSON object; ratios are predicted / measured.
+prediction, as its term "program"; "net" is without it. Ratios are predicted / measured. The last line is one JSON
+object.
 """
 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +127,34 @@ def runs(folder: Path, base: str, options: argparse.Namespace) -> dict[str, list
     }
 
 
-def peak(arguments: list[str], malloc: str) -> int:
-    """Run a command in a new process; return its largest resident memory in bytes."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": "131072"} if malloc == "returned" else {}
+def measure(arguments: list[str]) -> dict[str, float]:
+    """Run a command in a new process.
+
+    Returns:
+        ``peak``: its largest resident memory in bytes; ``cpu_seconds`` that it took in all.
+    """
     code = (
-        "import re, sys\n"
+        "import json, re, resource, sys\n"
         "from sst_lightning.cli.main import main\n"
         "code = main(sys.argv[1:])\n"
-        "text = open('/proc/self/status').read()\n"
-        "print('VmHWM', re.search(r'VmHWM:\\s+(\\d+)', text)[1])\n"
+        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print()\n"
+        "print(json.dumps({'peak': 1024 * int(peak), 'cpu_seconds': used.ru_utime + used.ru_stime}))\n"
         "sys.exit(code)\n"
     )
-    output = python(["-c", code, *arguments], settings)
-    return int(re.findall(r"^VmHWM (\d+)$", output, flags=re.MULTILINE)[-1]) * 1024
+    figures: dict[str, float] = json.loads(python(["-c", code, *arguments]).splitlines()[-1])
+    return figures
 
 
 def predict(arguments: list[str]) -> dict[str, Any]:
     """Plan a command in a new process."""
     stage, config, *changes = arguments
-    values = [change.removeprefix("--") for change in changes]
+    own = [change for change in changes if change.startswith("--rank=")]
+    values = [change.removeprefix("--") for change in changes if change not in own]
     output = python(
         [
-            *("-m", "sst_lightning", "plan", "--json", f"--stage={stage}", config),
+            *("-m", "sst_lightning", "plan", "--json", f"--stage={stage}", config, *own),
             *("--set", *values),
         ]
     )
@@ -162,7 +162,7 @@ def predict(arguments: list[str]) -> dict[str, Any]:
     return record
 
 
-def python(arguments: list[str], settings: Mapping[str, str] | None = None) -> str:
+def python(arguments: list[str]) -> str:
     """Run Python and return what it printed.
 
     Raises:
@@ -172,7 +172,7 @@ def python(arguments: list[str], settings: Mapping[str, str] | None = None) -> s
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(settings or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     if process.returncode:
@@ -189,7 +189,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--malloc", choices=("returned", "default"), default="returned")
     parser.add_argument("--only", nargs="+", help="runs, by name")
     options = parser.parse_args()
     folder = Path(options.folder).resolve()
@@ -202,7 +201,7 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         record = predict(arguments)
-        measured = peak(arguments, options.malloc)
+        measured = measure(arguments)["peak"]
         program = next(
             term["size"]
             for term in record["phases"][0]["terms"]
