@@ -145,6 +145,19 @@ class SupervisedLoRA(CausalLMModule):
             task_type="CAUSAL_LM",
         )
 
+    def configure_model(self) -> None:
+        """Load the model once, and find out whether rows can be computed together.
+
+        Raises:
+            BackboneError: the base cannot be found or loaded.
+            MisconfigurationException: the base post-processes its logits, or lacks a target module.
+        """
+        if self.model is None:
+            super().configure_model()
+            # With dropout, sequences would lose the same inputs where they share them.
+            plain = self.hparams["dropout"] == 0
+            self._shares_prefixes = plain and can_share_prefixes(self.language_model)
+
     def build_model(self) -> PeftModel:
         """Load the base and put a new adapter on it.
 
@@ -159,8 +172,6 @@ class SupervisedLoRA(CausalLMModule):
                 f"target_modules: {type(base).__name__} has no module called '{missing[0]}'; give "
                 "the names of its linear layers (the last part, such as q_proj)"
             )
-        # With dropout, sequences would lose the same inputs where they share them.
-        self._shares_prefixes = self.hparams["dropout"] == 0 and can_share_prefixes(base)
         if self.gradient_checkpointing:
             # transformers 5 renamed it on the way; the old name warns where the new one exists.
             old = base.gradient_checkpointing_enable
