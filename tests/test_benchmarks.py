@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from sst_lightning.algebra.methods import METHODS
 from tests.nano import save_nano
@@ -87,3 +91,54 @@ def test_nf4_vs_bf16(tmp_path, monkeypatch, capsys):
     assert 0 < summary["export"]["nf4"]["quantization_of_weight"] < 1
     text = (tmp_path / "out/merge_nf4/report.md").read_text()
     assert "The same adapters on the base in bfloat16: difference" in text
+
+
+def test_fit_vs_trl_trains_on_the_rows_that_it_writes_for_trl(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fit_vs_trl")
+    options = Namespace(model=str(save_nano(tmp_path / "nano")), rows=10, batch_size=4, warmup=1)
+    benchmark.write_inputs(tmp_path, options)
+    rows = json.loads((tmp_path / "inputs.json").read_text())["rows"]
+    assert len(rows) == 10
+    assert all(0 < sum(row["completion_mask"]) < len(row["input_ids"]) for row in rows)
+    run = benchmark.run_fit(options)
+    assert run["steps"] == len(run["losses"]) == 3
+    assert run["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert run["tokens_per_second"] > 0
+
+
+def test_fit_vs_trl_counts_tokens_after_warm_up(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fit_vs_trl")
+    steps = [
+        {"tokens": tokens, "loss": 1.0, "seconds": seconds, "cpu_seconds": 2 * seconds}
+        for tokens, seconds in ((100, 50), (10, 52), (20, 54), (30, 56))
+    ]
+    run = benchmark.record(steps, warmup=2)
+    assert (run["tokens_per_second"], run["tokens_per_cpu_second"]) == (50 / 4, 50 / 8)
+    assert run["tokens"] == 160
+
+
+def test_fit_vs_trl_says_how_to_install_trl(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fit_vs_trl")
+    monkeypatch.setattr(sys, "argv", ["fit_vs_trl.py", "--trl_python=/bin/false"])
+    with pytest.raises(SystemExit, match="pip install --constraint"):
+        benchmark.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TRL_PYTHON" not in os.environ, reason="TRL_PYTHON names no Python with TRL")
+def test_fit_vs_trl(tmp_path, monkeypatch, capsys):
+    """The same batches from the same weights: the same losses but for rounding to bf16."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fit_vs_trl")
+    model = save_nano(tmp_path / "nano")
+    options = [f"--model={model}", f"--trl_python={os.environ['TRL_PYTHON']}", "--rows=16"]
+    options += ["--rounds=1", "--warmup=1", "--threads=1", "--trl_rows", "ordinary", "same batches"]
+    monkeypatch.setattr(sys, "argv", ["fit_vs_trl.py", *options])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["steps"] == 4
+    assert summary["speedup"] > 0
+    assert summary["largest_loss_difference"] < 0.02
