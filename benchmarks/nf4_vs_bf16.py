@@ -25,7 +25,8 @@ from sst_lightning.algebra.diagnostics import spectrum
 from sst_lightning.algebra.fisher import ExactFisher
 from sst_lightning.algebra.fisher_file import FisherStatistics
 from sst_lightning.data import Alpaca, Security
-from sst_lightning.modules.export import export_summary, export_weights
+from sst_lightning.modules.export import export_weights
+from sst_lightning.report.export_summary import export_summary
 
 STORAGES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},

@@ -169,7 +169,8 @@ def export(
     """
     from rich.progress import track
 
-    from sst_lightning.modules.export import export_summary, export_weights
+    from sst_lightning.modules.export import export_weights
+    from sst_lightning.report.export_summary import export_summary
 
     record = export_weights(
         base, adapter, output, dtype, quantization, overwrite,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter
-from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.files import move_folder, remove_outputs
 from sst_lightning.algebra.methods import AdditiveMethod, MergeMethod, MergeProblem
 from sst_lightning.algebra.rank import EXACT, RankRule
 from sst_lightning.data.rows import fingerprint_rows
 from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
 from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.modules.compared import (
+    ComparedModel,
+    Merge,
+    check_names,
+    input_models,
+    merge_model,
+    merge_name,
+)
 from sst_lightning.modules.evaluator import Evaluator
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import Merger
 from sst_lightning.modules.verification import VerificationError, input_logits, verify_saved
-from sst_lightning.report.figures import slug
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.recipe import merge_recipe, write_recipe
 from sst_lightning.report.records import write_records
@@ -43,31 +49,6 @@ RESULTS = (
     "tensorboard/report",
 )
 """What a merge or comparison writes to its output, beside evaluations and the Trainer's logs."""
-
-
-@dataclass
-class Merge:
-    """One merge that was saved."""
-
-    method: MergeMethod
-    alpha: float | None
-    adapter: LoraAdapter
-    folder: Path
-    recipe: dict[str, Any]
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """One model of a report; ``merge`` is the name of a merge without the setting's."""
-
-    name: str
-    method: str
-    adapter: LoraAdapter | None
-    parameters: dict[str, Any] = field(default_factory=dict)
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] | None = None
-    merge: str | None = None
 
 
 class Comparison:
@@ -104,7 +85,7 @@ class Comparison:
         self.datamodule = datamodule
         self.output = output
         self.setting = setting or "+".join([*(name.upper() for name in datamodule.utility), "A7"])
-        self._check_names()
+        check_names(datamodule.utility)
         datamodule.setup()
         if suites is not None:
             suites.tokenizer_name = model.base
@@ -206,7 +187,8 @@ class Comparison:
         On each storage of ``model.served_on``: the figures are those of the first, the others have
         paired differences to it. Suites run on the first alone.
         """
-        models = self._models()
+        inputs = input_models(self.model, list(self.datamodule.utility))
+        models = [*inputs, *(merge_model(merge, self.setting) for merge in self.merges)]
         merged_on = {
             "storage": self.model.storage,
             "base_sha256": self.model.base_fingerprint(),
@@ -236,14 +218,13 @@ class Comparison:
             )
             for index, model in enumerate(models)
         ]
-        safety = [model.adapter for model in models].index(self.model.safety_adapter)
         records = build_records(
             candidates,
             setting=self.setting,
             utility_tasks=list(self.datamodule.utility),
             # What every merge starts from at α = 0.
-            reference=candidates[safety - 1].scores,
-            safety=candidates[safety].scores,
+            reference=candidates[len(inputs) - 2].scores,
+            safety=candidates[len(inputs) - 1].scores,
             rows=self.datamodule.test_rows(),
             suites=(
                 suite_facts(self.suites.evaluation_tasks, self.suites.judges) if self.suites else {}
@@ -255,42 +236,14 @@ class Comparison:
             log_figures(records, self.output / "tensorboard" / "report")
         return records
 
-    def _models(self) -> list["_Model"]:
-        """Base, utility adapters, their merge, the safety adapter and the merges, in this order."""
-        model = self.model
-        names = self._utility_names()
-        result = [_Model("base", "base", None)]
-        result += [
-            _Model(name, "adapter", adapter)
-            for name, adapter in zip(names, model.utility_adapters, strict=True)
-        ]
-        if model.has_utility_merge:
-            parameters = {"weights": model.utility_weights}
-            name = "+".join(names) if len(names) > 1 else f"{names[0]} weighted"
-            result.append(_Model(name, "utility_merge", model.utility_merge(), parameters))
-        result.append(_Model("A7", "adapter", model.safety_adapter))
-        return result + [
-            _Model(
-                f"{self.setting} {merge_name(merge.method, merge.alpha)}",
-                merge.method.label(),
-                merge.adapter,
-                {**merge.method.parameters(), "alpha": merge.alpha},
-                merge.diagnostics,
-                {"adapter": str(merge.folder), **merge.recipe},
-                merge_name(merge.method, merge.alpha),
-            )
-            for merge in self.merges
-        ]
-
-    def _evaluate(self, models: list["_Model"], with_suites: bool) -> list[ModelScores]:
+    def _evaluate(self, models: list[ComparedModel], with_suites: bool) -> list[ModelScores]:
         result = []
         for number, model in enumerate(models, 1):
             rank_zero_info(
                 f"evaluating model {number} of {len(models)} on the base in "
                 f"{self.model.storage}: {model.name}"
             )
-            folder = slug(model.name if model.merge is None else model.merge)
-            result.append(self.evaluator.evaluate(model.adapter, folder, with_suites))
+            result.append(self.evaluator.evaluate(model.adapter, model.folder, with_suites))
         return result
 
     def _base(self) -> dict[str, Any]:
@@ -304,43 +257,9 @@ class Comparison:
             "evaluation": self.model.evaluation_settings(tasks, self.trainer),
         }
 
-    def _check_names(self) -> None:
-        """Refuse names under which two models of the report would be one.
-
-        Raises:
-            SSTMergeError: names the data set.
-        """
-        names = [name.casefold() for name in self.datamodule.utility]
-        for name in names:
-            if name in ("base", "a7") or names.count(name) > 1:
-                raise SSTMergeError(
-                    f"data.utility: the name '{name}' is taken in the report (upper and lower case "
-                    "are the same there). Use another name"
-                )
-
-    def _utility_names(self) -> list[str]:
-        """Names of the utility adapters.
-
-        With one data set for each they are the data sets', in the same order; else the folders'.
-        """
-        adapters, data = self.model.utility_adapters, self.datamodule.utility
-        if len(data) == len(adapters):
-            return [name.upper() for name in data]
-        # The folder's name; the one above it where that says no more than "adapter".
-        paths = [adapter.path or Path(f"utility-{i}") for i, adapter in enumerate(adapters, 1)]
-        names = [path.parent.name if path.name == "adapter" else path.name for path in paths]
-        if len({*names, "base", "A7"}) < len(names) + 2:
-            return [f"utility {number}" for number in range(1, len(names) + 1)]
-        return names
-
     def _verify(self, folder: Path, adapter: LoraAdapter) -> dict[str, float]:
         batch = self.datamodule.sample_batch()
         if self._input_logits is None:
             # The inputs are the same for every merge.
             self._input_logits = input_logits(self.model, batch)
         return verify_saved(self.model, folder, adapter, batch, self._input_logits)
-
-
-def merge_name(method: MergeMethod, alpha: float | None) -> str:
-    """Name of one merge in reports: the method's label, with α where it has one."""
-    return method.label() if alpha is None else f"{method.label()} α={alpha:g}"

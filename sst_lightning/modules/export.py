@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import sst_lightning
 from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.algebra.errors import BackboneError, OutputExistsError
 from sst_lightning.algebra.files import atomic_folder, refuse_overwrite
-from sst_lightning.algebra.merged_weight import WeightLoss, merge_weight, total_loss
+from sst_lightning.algebra.merged_weight import WeightLoss, merge_weight
 from sst_lightning.algebra.tensor_file import write_tensors
 from sst_lightning.algebra.weight_files import INDEX, WEIGHTS, WeightFiles
 from sst_lightning.data.quiet import quiet_transformers
@@ -36,6 +36,7 @@ from sst_lightning.modules.nf4 import (
     read_4_bits,
     through_nf4,
 )
+from sst_lightning.report.export_summary import export_losses
 
 RECORD = "export.json"
 FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -110,7 +111,7 @@ def export_weights(
             "dtype": dtype,
             "quantization": "stored" if _is_stored_quantised(opened.files) else quantization,
             "untied_output_layer": untied,
-            **_summary(losses),
+            **export_losses(losses),
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (temporary / RECORD).write_text(text, encoding="utf-8")
@@ -265,49 +266,6 @@ def _write_config(config: dict[str, Any], dtype: Dtype, untied: bool, folder: Pa
     if untied:
         kept["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _summary(losses: dict[str, WeightLoss]) -> dict[str, Any]:
-    """What was lost: in the adapter's modules, in the worst of them, and in others that changed."""
-    adapted = {name: loss for name, loss in losses.items() if loss.delta}
-    others = {name: loss for name, loss in losses.items() if not loss.delta}
-    worst = max(adapted, key=lambda name: adapted[name].rounding / adapted[name].delta, default="")
-    return {
-        "model": total_loss(adapted).shares(),
-        "worst_module": {"name": worst, **adapted[worst].shares()} if worst else None,
-        "other_weights": {"rounding_of_weight": total_loss(others).shares()["rounding_of_weight"]},
-        "modules": {name: loss.shares() for name, loss in adapted.items()},
-    }
-
-
-def export_summary(record: dict[str, Any]) -> Iterator[str]:
-    """Say in a few lines what an export lost.
-
-    Args:
-        record: what :func:`export_weights` returned.
-    """
-    model, worst, others = record["model"], record["worst_module"], record["other_weights"]
-    if worst is None:
-        yield "the adapter is 0: these are the base's weights"
-    else:
-        yield (
-            f"rounding W + ΔW to {record['dtype']} took {_percent(model['rounding_of_delta'])} of "
-            f"‖ΔW‖ (most: {_percent(worst['rounding_of_delta'])}, {worst['name']}); ‖ΔW‖ is "
-            f"{_percent(model['delta_of_weight'])} of ‖W‖"
-        )
-    if model["quantization_of_weight"] is not None:
-        yield (
-            "through 4 bits the adapter's modules moved by "
-            f"{_percent(model['quantization_of_weight'])} of ‖W‖"
-        )
-    if others["rounding_of_weight"]:
-        yield f"weights without an adapter lost {_percent(others['rounding_of_weight'])} of ‖W‖"
-    if record["untied_output_layer"]:
-        yield "the output layer has an adapter: it is no longer tied to the input embeddings"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
 
 
 def _refuse_replacing(output: Path, overwrite: bool) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sst_lightning.algebra.errors import BackboneError, OutputExistsError, SSTMergeError
 from sst_lightning.modules.backbone import load_backbone
-from sst_lightning.modules.export import export_summary, export_weights
+from sst_lightning.modules.export import export_weights
+from sst_lightning.report.export_summary import export_summary
 from tests.cli.commands import files, run
 from tests.nano import nano_model, nano_tokenizer, random_batch, save_nano
 
