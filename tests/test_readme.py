@@ -23,6 +23,7 @@ AS_THEY_STAND = ("methods", "merge-files", "plan-eval")
 # Those that evaluate run one after the other in a test of their own.
 EVALUATION = [words for words in COMMANDS if words[0] == "paired" or "runs/eval" in " ".join(words)]
 OWN = next(words for words in COMMANDS if "configs/merge_own.yaml" in words)
+EXPORT = next(words for words in COMMANDS if words[0] == "export")
 PYTHON = next(text for language, text in BLOCKS if language == "python")
 
 
@@ -42,7 +43,9 @@ def test_the_readme_has_the_commands():
     assert {" ".join(words[:2]) for words in SHELL if words} >= {"make demo", "make test"}
 
 
-@pytest.mark.parametrize("words", [w for w in COMMANDS if w[0] != "paired"], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for w in COMMANDS if w[0] not in ("paired", "export")], ids=" ".join
+)
 def test_command_parses(here, capfd, words):
     """Those that need no base model run as they stand."""
     parse_only = [] if words[0] in AS_THEY_STAND else ["--print_config"]
@@ -56,6 +59,14 @@ def test_own_adapters_from_the_shell(here, capfd):
     assert outcome.code == 0, outcome.err
     assert (Path("runs/mine/adapter/adapter_model.safetensors")).is_file()
     assert Path("runs/mine/report.html").is_file()
+
+
+def test_full_weights_from_the_shell(here, capfd):
+    shutil.copytree(here.utility, "runs/mine/adapter")
+    words = [str(here.base) if word == "smollm2-135m" else word for word in EXPORT]
+    outcome = run(capfd, *words)
+    assert outcome.code == 0, outcome.err
+    assert Path("runs/full/model.safetensors").is_file()
 
 
 def test_evaluation_and_comparison_of_two_models(here, capfd):
