@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,25 +18,33 @@ from sst_lightning.algebra.fisher import (
 
 Estimator = Literal["exact", "kfac", "ekfac", "diagonal", "vila"]
 
-KRONECKER_STATE = 4
-"""Number of tensors in the state of a :class:`KroneckerAccumulator` that saw a sequence."""
-
 
 class FisherAccumulator(ABC):
-    """Collects one module's Fisher, batch by batch; sums and counts travel together."""
+    """Collects one module's Fisher, batch by batch; sums and counts travel together.
+
+    Attributes:
+        sums: number of tensors at the start of :meth:`state` that add up over sequences; those
+            after them hold a row per sequence.
+    """
+
+    sums: ClassVar[int]
 
     @abstractmethod
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Add a batch.
+        """Add a batch; nothing waits for the device.
 
         Args:
-            inputs: P = x Q_in, (B, T, q); rows of padding tokens are zero.
-            gradients: R = δ Q_out, (B, T, p); rows of padding tokens are zero.
+            inputs: P = x Q_in, (B, T, q) fp32; rows of padding tokens are zero.
+            gradients: R = δ Q_out, (B, T, p) fp32; rows of padding tokens are zero.
         """
+
+    def offload(self) -> None:
+        """Move what grows with the number of sequences to the CPU."""
+        return
 
     @abstractmethod
     def state(self) -> list[Tensor]:
-        """Return the sums, on the CPU."""
+        """Return the sums and the rows, on the CPU; empty before the first sequence."""
 
     @abstractmethod
     def load_states(self, states: Sequence[list[Tensor]]) -> None:
@@ -54,16 +62,23 @@ class FisherAccumulator(ABC):
 class ExactAccumulator(FisherAccumulator):
     """Keeps g_n = Σ_t R_ntᵀ P_nt of every sequence."""
 
+    sums = 0
+
     def __init__(self) -> None:
         self._samples: list[Tensor] = []
 
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add a batch."""
-        self._samples.append(_sequence_gradients(inputs, gradients).cpu())
+        self._samples.append(_sequence_gradients(inputs, gradients))
+
+    def offload(self) -> None:
+        """Move the last batch's samples to the CPU."""
+        if self._samples:
+            self._samples[-1] = self._samples[-1].cpu()
 
     def state(self) -> list[Tensor]:
-        """Return the samples."""
-        return self._samples
+        """Return the samples of all batches, (N, p, q)."""
+        return [torch.cat([sample.cpu() for sample in self._samples])] if self._samples else []
 
     def load_states(self, states: Sequence[list[Tensor]]) -> None:
         """Join the samples of several processes."""
@@ -73,7 +88,7 @@ class ExactAccumulator(FisherAccumulator):
         """Return the estimate."""
         _check_count(len(self._samples))
         samples = torch.cat(self._samples)
-        _check_finite(samples)
+        check_finite(samples)
         return ExactFisher(samples)
 
 
@@ -85,7 +100,7 @@ class SumAccumulator(FisherAccumulator):
 
     def state(self) -> list[Tensor]:
         """Return sums and counts."""
-        return self._state
+        return [part.cpu() for part in self._state]
 
     def load_states(self, states: Sequence[list[Tensor]]) -> None:
         """Add up the sums of several processes."""
@@ -97,16 +112,18 @@ class SumAccumulator(FisherAccumulator):
 class DiagonalAccumulator(SumAccumulator):
     """Sums g_n² entry by entry."""
 
+    sums = 2
+
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add a batch."""
         gradient = _sequence_gradients(inputs, gradients).double()
-        _add(self._state, [gradient.square().sum(0).cpu(), torch.tensor(float(len(gradient)))])
+        _add(self._state, [gradient.square().sum(0), torch.tensor(float(len(gradient)))])
 
     def finish(self) -> DiagonalFisher:
         """Return the estimate."""
         _check_count(len(self._state))
         total, count = self._state
-        _check_finite(total)
+        check_finite(total)
         return DiagonalFisher(total / count, int(count))
 
 
@@ -120,10 +137,12 @@ class VilaAccumulator(SumAccumulator):
     few coordinates that no random projection is needed, and every sequence counts the same.
     """
 
+    sums = 3
+
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add a batch."""
         gradient = _sequence_gradients(inputs, gradients).double()
-        sums = gradient.sum(0).cpu(), gradient.square().sum(0).cpu()
+        sums = gradient.sum(0), gradient.square().sum(0)
         _add(self._state, [*sums, torch.tensor(float(len(gradient)))])
 
     def finish(self) -> DiagonalFisher:
@@ -134,7 +153,7 @@ class VilaAccumulator(SumAccumulator):
         """
         _check_count(len(self._state))
         total, squares, count = self._state
-        _check_finite(squares)
+        check_finite(squares)
         if count < 2:
             raise FisherError(
                 "estimator 'vila' is a variance: it needs at least 2 calibration rows"
@@ -144,23 +163,29 @@ class VilaAccumulator(SumAccumulator):
 
 
 class KroneckerAccumulator(SumAccumulator):
-    """Sums Σ_t P_tᵀP_t and Σ_t R_tᵀR_t, and counts sequences and tokens."""
+    """Sums Σ_t P_tᵀP_t and Σ_t R_tᵀR_t, and counts sequences and tokens.
+
+    A batch's products are taken in fp32, the precision of P and R, and added up in fp64: rounding
+    does not grow with the number of batches, and a product in fp64 costs several times as much.
+    """
+
+    sums = 4
 
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
         """Add a batch."""
-        tokens = inputs.flatten(0, 1).double()
-        outputs = gradients.flatten(0, 1).double()
+        tokens, outputs = inputs.flatten(0, 1), gradients.flatten(0, 1)
         # Padding is zero in inputs and gradients alike; no real token has an all-zero input.
         real = tokens.any(dim=1).sum().double()
-        parts = [tokens.T @ tokens, outputs.T @ outputs, torch.tensor(float(len(inputs))), real]
-        _add(self._state, [part.cpu() for part in parts])
+        products = (tokens.T @ tokens).double(), (outputs.T @ outputs).double()
+        sequences = torch.tensor(float(len(inputs)))
+        _add(self._state, [*products, sequences, real])
 
     def finish(self) -> KroneckerFisher:
         """Return the estimate."""
         _check_count(len(self._state))
         inputs, outputs, sequences, tokens = self._state
-        _check_finite(inputs)
-        _check_finite(outputs)
+        check_finite(inputs)
+        check_finite(outputs)
         # Without a single real token both sums are 0, and so is the Fisher.
         return KroneckerFisher(outputs / tokens.clamp(min=1), inputs / sequences, int(sequences))
 
@@ -172,6 +197,8 @@ class EigenAccumulator(FisherAccumulator):
     over the data is enough.
     """
 
+    sums = KroneckerAccumulator.sums
+
     def __init__(self) -> None:
         self._kronecker = KroneckerAccumulator()
         self._exact = ExactAccumulator()
@@ -181,14 +208,18 @@ class EigenAccumulator(FisherAccumulator):
         self._kronecker.update(inputs, gradients)
         self._exact.update(inputs, gradients)
 
+    def offload(self) -> None:
+        """Move the last batch's samples to the CPU."""
+        self._exact.offload()
+
     def state(self) -> list[Tensor]:
         """Return the Kronecker sums and counts, then the samples."""
         return [*self._kronecker.state(), *self._exact.state()]
 
     def load_states(self, states: Sequence[list[Tensor]]) -> None:
         """Add up the sums and join the samples of several processes."""
-        self._kronecker.load_states([state[:KRONECKER_STATE] for state in states])
-        self._exact.load_states([state[KRONECKER_STATE:] for state in states])
+        self._kronecker.load_states([state[: self.sums] for state in states])
+        self._exact.load_states([state[self.sums :] for state in states])
 
     def finish(self) -> EigenFisher:
         """Return the estimate."""
@@ -230,7 +261,12 @@ def _check_count(batches: int) -> None:
         raise FisherError("the calibration set is empty: give at least one row with a completion")
 
 
-def _check_finite(tensor: Tensor) -> None:
+def check_finite(tensor: Tensor) -> None:
+    """Refuse sums or samples that hold a NaN or an infinity.
+
+    Raises:
+        FisherError: one does.
+    """
     if not torch.isfinite(tensor).all():
         raise FisherError(
             "a gradient is NaN or infinite: use dtype bfloat16 or float32, or look for a broken row"

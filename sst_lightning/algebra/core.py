@@ -1,5 +1,6 @@
 """Core space: small exact coordinates of a set of adapters (docs/mathematics.md section 2)."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -254,3 +255,12 @@ def _orthonormal(columns: Sequence[Tensor]) -> Tensor:
     # A singular vector's sign depends on the LAPACK at hand: make its largest entry positive.
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return (basis * largest.sign()).float().contiguous()
+
+
+def fingerprint_cores(cores: Mapping[str, Tensor] | None) -> str:
+    """Hash of cores; ``None`` is the base model."""
+    digest = hashlib.sha256()
+    for name, core in sorted((cores or {}).items()):
+        digest.update(f"{name}{tuple(core.shape)}".encode())
+        digest.update(core.double().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

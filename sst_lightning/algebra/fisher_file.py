@@ -1,7 +1,7 @@
 """Fishers of all modules with what identifies them, and their safetensors file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sst_lightning.algebra.fisher import (
     mix_modules,
 )
 from sst_lightning.algebra.lazy import LazyMapping
-from sst_lightning.algebra.tensor_file import TensorFile
+from sst_lightning.algebra.tensor_file import TensorFile, write_tensors
 
 FORMAT = "sst-merge fisher 1"
 
@@ -39,6 +39,12 @@ class FisherMetadata:
         count: number of sequences.
         estimator: ``exact``, ``kfac``, ``ekfac``, ``diagonal`` or ``vila``.
         point: the weights the gradients were taken at.
+        point_fingerprint: hash of these weights; empty in files of earlier versions.
+        available: number of rows of the calibration set; ``None`` means ``count``.
+        stopped: why fewer rows were taken, ``max_samples`` or ``converged``; empty if all were.
+        similarity: similarity of the leading eigenspaces of two halves at the end
+            (:class:`~sst_lightning.algebra.eigenspace.EigenspaceMonitor`), where it was measured.
+        sequences: numbers of the rows taken, if fewer than all.
     """
 
     base_model: str
@@ -49,6 +55,11 @@ class FisherMetadata:
     count: int
     estimator: str
     point: str
+    point_fingerprint: str = ""
+    available: int | None = None
+    stopped: str = ""
+    similarity: float | None = None
+    sequences: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,8 @@ class FisherStatistics:
         for name, fisher in self.modules.items():
             for key, tensor in _tensors(fisher).items():
                 tensors[f"{key}/{name}"] = tensor.contiguous()
-        header = {"format": FORMAT, "metadata": json.dumps(asdict(self.metadata))}
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            save_file(tensors, temporary, metadata=_header(self.metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherStatistics":
@@ -113,6 +123,10 @@ class FisherStatistics:
                 f"{path}: incomplete Fisher file ({error}); collect it again"
             ) from error
         space = CoreSpace.streamed_state(file.shapes, file.read)
+        if metadata.estimator == "exact" and not any(
+            key.startswith("weights/") for key in file.shapes
+        ):
+            keys = ("samples",)
         for key in (f"{key}/{name}" for name in space.bases for key in ("q_in", *keys)):
             if key not in file.shapes:
                 raise FisherError(
@@ -134,6 +148,13 @@ class FisherStatistics:
     ) -> None:
         """Refuse a Fisher of another merge: other weights, another point, other rows.
 
+        Args:
+            base_fingerprint: hash of the base weights.
+            adapter_fingerprints: hashes of the adapters, utility first.
+            point: the weights the gradients must have been taken at.
+            data_fingerprint: hash of the calibration rows.
+            count: number of calibration rows, of which the Fisher may have taken a part.
+
         Raises:
             FisherError: names the file and what differs.
         """
@@ -146,6 +167,8 @@ class FisherStatistics:
         }
         for field, value in expected.items():
             found = getattr(self.metadata, field)
+            if field == "count" and self.metadata.available is not None:
+                found = self.metadata.available
             if found != value:
                 raise FisherError(
                     f"{self.path}: {field} is {_short(found)}, but this merge has {_short(value)}: "
@@ -193,6 +216,37 @@ class FisherStatistics:
         return LazyMapping(self.modules, rotated)
 
 
+def write_samples(
+    path: str | Path,
+    space: CoreSpace,
+    metadata: FisherMetadata,
+    estimates: Iterable[tuple[str, ModuleFisher]],
+) -> None:
+    """Write a Fisher file of samples of equal weight, one module in memory after the other.
+
+    Args:
+        path: file; replaced in one step.
+        space: core space of the estimates.
+        metadata: identity; its ``count`` is that of every module's samples.
+        estimates: each module of ``space``, in its order, with its exact Fisher.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        f"samples/{name}": (metadata.count, *basis.shape) for name, basis in space.bases.items()
+    }
+    bases = space.state()
+    shapes |= {name: tuple(tensor.shape) for name, tensor in bases.items()}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, fisher in estimates:
+            assert isinstance(fisher, ExactFisher)
+            assert fisher.weights is None
+            yield f"samples/{name}", fisher.samples
+        yield from bases.items()
+
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, shapes, tensors(), _header(metadata))
+
+
 def mix(parts: Sequence[tuple[float, FisherStatistics]]) -> Mapping[str, ModuleFisher]:
     """Return Σ w_i F_i / Σ w_i in the first part's core space, each module when it is asked for.
 
@@ -215,6 +269,10 @@ def mix(parts: Sequence[tuple[float, FisherStatistics]]) -> Mapping[str, ModuleF
         first.modules,
         lambda name: mix_modules([(weight, part.modules[name]) for weight, part in rotated]),
     )
+
+
+def _header(metadata: FisherMetadata) -> dict[str, str]:
+    return {"format": FORMAT, "metadata": json.dumps(asdict(metadata))}
 
 
 def _tensors(fisher: ModuleFisher) -> dict[str, Tensor]:
@@ -247,8 +305,11 @@ def _keys(estimator: str) -> tuple[str, ...]:
 
 def _fisher(tensors: Sequence[Tensor], metadata: FisherMetadata) -> ModuleFisher:
     if metadata.estimator == "exact":
+        taken = None if metadata.sequences is None else torch.tensor(metadata.sequences)
+        if len(tensors) == 1:
+            return ExactFisher(tensors[0], sequences=taken)
         samples, weights, scale = tensors
-        return ExactFisher(samples, weights, float(scale))
+        return ExactFisher(samples, weights, float(scale), taken)
     if metadata.estimator == "kfac":
         return KroneckerFisher(tensors[0], tensors[1], metadata.count)
     if metadata.estimator == "ekfac":

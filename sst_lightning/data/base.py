@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.batching import Batch, EncodedDataset, LengthBucketBatchSampler, collate
 from sst_lightning.data.lazy_tokenizer import LazyTokenizer
+from sst_lightning.data.random_blocks import RandomBlocks, RandomBlockSampler
 from sst_lightning.data.resumable import ResumableLoader
 from sst_lightning.data.rows import Row, fingerprint_rows
 from sst_lightning.data.sources import Table, read_file, read_hub
@@ -105,6 +106,7 @@ class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
         self.seed = seed
         self.num_workers = num_workers
         self.rows: dict[str, list[Row]] = {}
+        self.random_blocks: dict[str, RandomBlocks] = {}
 
     @abstractmethod
     def embedded_rows(self) -> dict[str, list[Row]]:
@@ -212,7 +214,8 @@ class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Calibration batches: what a Fisher is estimated on."""
-        return self.make_loader(self.rows["calibration"])
+        items = self.encode(self.rows["calibration"])
+        return self.loader_of(items, blocks=self.random_blocks.get("calibration"))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Test batches."""
@@ -238,18 +241,30 @@ class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
         return encode_all(rows, self.tokenizer, self.max_length)
 
     def loader_of(
-        self, items: Sequence[Encoded], shuffle: bool = False, batch_size: int | None = None
+        self,
+        items: Sequence[Encoded],
+        shuffle: bool = False,
+        batch_size: int | None = None,
+        blocks: RandomBlocks | None = None,
     ) -> DataLoader[Batch]:
-        """Return batches of tokenised rows; arguments as of :meth:`make_loader`.
+        """Return batches of tokenised rows; other arguments as of :meth:`make_loader`.
+
+        Args:
+            items: The rows.
+            shuffle: Another order each epoch.
+            batch_size: Sequences per batch; None means the module's.
+            blocks: Take the rows in random blocks (see `RandomBlockSampler`), unshuffled.
 
         Raises:
             DataError: There are no rows.
         """
         if not items:
             raise DataError("a data loader needs at least one row, got an empty set")
-        sampler = LengthBucketBatchSampler(
-            [len(item) for item in items], batch_size or self.batch_size, shuffle, self.seed
-        )
+        lengths, size = [len(item) for item in items], batch_size or self.batch_size
+        if blocks is None:
+            sampler = LengthBucketBatchSampler(lengths, size, shuffle, self.seed)
+        else:
+            sampler = RandomBlockSampler(lengths, size, blocks, self.seed)
         pad_id = self.tokenizer.pad_token_id
         return ResumableLoader(
             EncodedDataset(items),

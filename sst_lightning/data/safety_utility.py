@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.base import TextDataModule
 from sst_lightning.data.batching import Batch
+from sst_lightning.data.random_blocks import RandomBlocks
 from sst_lightning.data.rows import Kind, Row, fingerprint_rows
 from sst_lightning.data.security import Security
 
@@ -77,6 +78,10 @@ class SafetyUtilityData(LightningDataModule):
         harmless_samples: most harmless look-alikes that are answered.
         batch_size: sequences per batch in NLL and Fisher passes.
         generation_batch_size: prompts per batch in generation.
+
+    Attributes:
+        random_blocks: validation sets that are taken in random order, and how (set by
+            ``FisherCollector``); the others are sorted by length.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class SafetyUtilityData(LightningDataModule):
         self.generation_batch_size = generation_batch_size
         self._fisher_parts: dict[str, list[tuple[TextDataModule, list[Row]]]] = {}
         self._selected: list[str] | None = None
+        self.random_blocks: dict[str, RandomBlocks] = {}
         self.evaluation_tasks: list[EvaluationTask] = []
 
     @property
@@ -175,7 +181,10 @@ class SafetyUtilityData(LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One dataloader per name in :attr:`validation_names`."""
         parts = {**self._fisher_parts, BUDGET: self._budget()}
-        return [self._loader(parts[name], self.batch_size) for name in self.validation_names]
+        return [
+            self._loader(parts[name], self.batch_size, self.random_blocks.get(name))
+            for name in self.validation_names
+        ]
 
     def budget_description(self) -> dict[str, int]:
         """Return the number of budget rows, and how many of them a Fisher is taken on too."""
@@ -215,11 +224,14 @@ class SafetyUtilityData(LightningDataModule):
         return self.safety.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _loader(
-        self, parts: Sequence[tuple[TextDataModule, Sequence[Row]]], batch_size: int
+        self,
+        parts: Sequence[tuple[TextDataModule, Sequence[Row]]],
+        batch_size: int,
+        blocks: RandomBlocks | None = None,
     ) -> DataLoader[Batch]:
         # Each data set truncates its own rows: documents may need more room than attacks.
         items = [item for module, rows in parts for item in module.encode(rows)]
-        return self.safety.loader_of(items, batch_size=batch_size)
+        return self.safety.loader_of(items, batch_size=batch_size, blocks=blocks)
 
     def _calibration(self) -> dict[str, list[tuple[TextDataModule, list[Row]]]]:
         most, sets = self.calibration_samples, len(self.utility)

@@ -216,10 +216,18 @@ class CausalLMModule(LightningModule):
     ) -> dict[str, Tensor]:
         """Compute the completion NLL of a batch, and add it to ``val_nll``, its mean per token.
 
+        Args:
+            batch: one that has ``known_nll`` (its NLL and tokens, or those of none of its sequences)
+                is not computed: a Fisher collection that was interrupted has it, or one that stops
+                early leaves it out.
+            batch_idx: number of the batch.
+            dataloader_idx: number of the validation dataloader.
+
         Returns:
             ``sequence_nll`` (B,), with its graph where gradients are enabled, and ``tokens`` (B,).
         """
-        nll, tokens = self.sequence_nll(batch)
+        known = batch.get("known_nll")
+        nll, tokens = self.sequence_nll(batch) if known is None else known
         metric = self._validation_nll[dataloader_idx]
         assert isinstance(metric, MeanMetric)
         metric.update(nll.detach() / tokens.clamp(min=1), weight=tokens)

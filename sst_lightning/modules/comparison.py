@@ -50,6 +50,9 @@ RESULTS = (
 )
 """What a merge or comparison writes to its output, beside evaluations and the Trainer's logs."""
 
+FISHER_WORK = "fishers.unfinished"
+"""Fishers collected so far; a merge that is started again after a kill goes on from them."""
+
 
 class Comparison:
     """Makes merges, checks each saved adapter, evaluates all of them and writes one report.
@@ -90,7 +93,7 @@ class Comparison:
         if suites is not None:
             suites.tokenizer_name = model.base
             suites.setup("test")
-        self.merger = Merger(trainer, model, datamodule, fisher)
+        self.merger = Merger(trainer, model, datamodule, fisher, output / FISHER_WORK)
         # Outside a Trainer's entry point; the base goes where the Trainer will run it.
         model.trainer = trainer
         # An earlier comparison may have left the base that it measured on.

@@ -6,6 +6,7 @@ module's input and output are touched (docs/mathematics.md section 3).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.errors import AdapterError
 
 PEFT_PREFIX = "base_model.model."
+
+Observer = Callable[[str, Tensor, Tensor], None]
+Receiver = Callable[[str, Tensor, Tensor], None]
+"""Takes a module's name, P (B, T, q) and R (B, T, p): see :class:`CoreGradientCapture`."""
 
 
 def target_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -42,6 +47,9 @@ class CoreInjector:
     for another without touching the base weights, and rounding is that of a LoRA served unmerged:
     the low-rank path runs in fp32 and its sum is rounded to the module's output dtype, as in PEFT.
 
+    With y = (x Q_in) Mᵀ a module's output is W x + y Q_outᵀ, so the gradient of the loss with respect
+    to y is δ Q_out: adding a core takes both projections that :class:`InjectedCapture` needs.
+
     Args:
         model: model whose modules are hooked.
         space: the orthonormal bases of each target module.
@@ -50,7 +58,10 @@ class CoreInjector:
     def __init__(self, model: nn.Module, space: CoreSpace) -> None:
         self.space = space
         self._modules = target_modules(model, space.bases)
+        self._bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cores: dict[str, Tensor] = {}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._observer: Observer | None = None
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()
         ]
@@ -61,17 +72,15 @@ class CoreInjector:
         Raises:
             AdapterError: ``cores`` does not cover exactly the modules of the space.
         """
-        self._factors = {}
+        self._factors, self._cores = {}, {}
         if cores is None:
             return
         if set(cores) != set(self.space.bases):
             raise AdapterError("a merge must give one core for each module of its core space")
         for name, core in cores.items():
-            if not bool(core.any()):
-                continue  # ΔW = 0: skip two products per token
-            basis = self.space.bases[name]
-            left = basis.q_out.double() @ core.double().to(basis.q_out.device)
-            self._place(name, basis.q_in, left.T)
+            if bool(core.any()):  # ΔW = 0: skip the products per token
+                self._cores[name] = core.float().to(self._device(name))
+                self._basis(name)
 
     def set_adapter(self, adapter: LoraAdapter | None) -> None:
         """Make s B A of ``adapter`` the current ΔW; ``None`` is the bare base model.
@@ -79,20 +88,24 @@ class CoreInjector:
         Raises:
             AdapterError: the adapter has a module that is not hooked.
         """
-        self._factors = {}
+        self._factors, self._cores = {}, {}
         if adapter is None:
             return
         for name, factors in adapter.factors.items():
             if name not in self._modules:
                 raise AdapterError(f"module '{name}' is not one of the merge's target modules")
             if bool(factors.B.any()):
-                self._place(name, factors.A.T, factors.scaling * factors.B.double().T)
+                left = factors.scaling * factors.B.double().T
+                self._factors[name] = self._placed(name, factors.A.T, left)
 
-    def _place(self, name: str, right: Tensor, left: Tensor) -> None:
-        """Keep fp32 copies of ΔWᵀ = right · left where the module computes."""
-        device = next(self._modules[name].parameters()).device
-        parts = (part.float().contiguous().to(device) for part in (right, left))
-        self._factors[name] = next(parts), next(parts)
+    def observe(self, observer: Observer | None) -> None:
+        """Let ``observer`` see the projections of the forward passes that follow.
+
+        Args:
+            observer: called with module name, x Q_in (B, T, q) and y (B, T, p), both fp32; ``None``
+                for nothing. ΔW must have been given as cores.
+        """
+        self._observer = observer
 
     def remove(self) -> None:
         """Take the hooks out of the model."""
@@ -100,17 +113,96 @@ class CoreInjector:
             handle.remove()
         self._handles = []
 
+    def _device(self, name: str) -> torch.device:
+        return next(self._modules[name].parameters()).device
+
+    def _placed(self, name: str, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return fp32 copies of a pair of matrices where the module computes."""
+        first, second = (part.float().contiguous().to(self._device(name)) for part in parts)
+        return first, second
+
+    def _basis(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return Q_in and Q_outᵀ, placed at first use."""
+        if name not in self._bases:
+            basis = self.space.bases[name]
+            self._bases[name] = self._placed(name, basis.q_in, basis.q_out.T)
+        return self._bases[name]
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def add_core(
             module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
         ) -> Tensor | None:
-            factors = self._factors.get(name)
-            if factors is None:
+            factors, core = self._factors.get(name), self._cores.get(name)
+            if factors is not None:
+                right, left = factors
+                return (output + (inputs[0].to(right.dtype) @ right) @ left).to(output.dtype)
+            if core is None and self._observer is None:
                 return None
-            right, left = factors
-            return (output + (inputs[0].to(right.dtype) @ right) @ left).to(output.dtype)
+            q_in, q_out = self._basis(name)
+            projected = inputs[0].to(q_in.dtype) @ q_in
+            if core is None:  # the gradient with respect to y does not depend on y
+                core = projected.new_zeros(q_out.shape[0], q_in.shape[1])
+            added = projected @ core.T
+            if self._observer is not None:
+                self._observer(name, projected, added)
+            return (output + added @ q_out).to(output.dtype)
 
         return add_core
+
+
+class GradientCapture(Protocol):
+    """Hands the projected inputs and output gradients of each target module to a receiver."""
+
+    def start(self, attention_mask: Tensor) -> None:
+        """Capture the forward passes that follow; ``attention_mask`` is (B, T), 0 on padding."""
+        ...
+
+    def stop(self) -> None:
+        """Ignore forward passes until the next :meth:`start`."""
+        ...
+
+    def remove(self) -> None:
+        """Take the hooks out of the model."""
+        ...
+
+
+class InjectedCapture:
+    """:class:`CoreGradientCapture` for a model with a :class:`CoreInjector`, at hardly any cost.
+
+    The injector's products, forward and backward, are the projections.
+
+    Args:
+        injector: its current ΔW must be one of cores.
+        receive: see :class:`CoreGradientCapture`.
+    """
+
+    def __init__(self, injector: CoreInjector, receive: Receiver) -> None:
+        self._injector = injector
+        self._receive = receive
+        self._mask: Tensor | None = None
+
+    def start(self, attention_mask: Tensor) -> None:
+        """Capture the forward passes that follow; ``attention_mask`` is (B, T), 0 on padding."""
+        self._mask = padding_mask(attention_mask)
+        self._injector.observe(self._observe)
+
+    def stop(self) -> None:
+        """Ignore forward passes until the next :meth:`start`."""
+        self._injector.observe(None)
+
+    def remove(self) -> None:
+        """Leave the injector as it was."""
+        self.stop()
+
+    def _observe(self, name: str, projected: Tensor, added: Tensor) -> None:
+        if not added.requires_grad:
+            return
+        mask, inputs = self._mask, masked(projected.detach(), self._mask)
+
+        def receive(gradient: Tensor) -> None:
+            self._receive(name, inputs, masked(gradient, mask))
+
+        added.register_hook(receive)
 
 
 class CoreGradientCapture:
@@ -128,10 +220,9 @@ class CoreGradientCapture:
         receive: called during the backward pass.
     """
 
-    def __init__(
-        self, model: nn.Module, space: CoreSpace, receive: Callable[[str, Tensor, Tensor], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, space: CoreSpace, receive: Receiver) -> None:
         self._receive = receive
+        self._active = False
         self._mask: Tensor | None = None
         self._bases: dict[str, tuple[Tensor, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
@@ -143,11 +234,11 @@ class CoreGradientCapture:
 
     def start(self, attention_mask: Tensor) -> None:
         """Capture the forward passes that follow; ``attention_mask`` is (B, T), 0 on padding."""
-        self._mask = attention_mask.unsqueeze(-1).float()
+        self._active, self._mask = True, padding_mask(attention_mask)
 
     def stop(self) -> None:
         """Ignore forward passes until the next :meth:`start`."""
-        self._mask = None
+        self._active = False
 
     def remove(self) -> None:
         """Take the hooks out of the model."""
@@ -157,14 +248,13 @@ class CoreGradientCapture:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def capture(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            mask = self._mask
-            if mask is None or not output.requires_grad:
+            if not self._active or not output.requires_grad:
                 return
-            q_in, q_out = self._bases[name]
-            projected = (inputs[0].detach().float() @ q_in) * mask
+            mask, (q_in, q_out) = self._mask, self._bases[name]
+            projected = masked(inputs[0].detach().float() @ q_in, mask)
 
             def receive(gradient: Tensor) -> None:
-                self._receive(name, projected, (gradient.float() @ q_out) * mask)
+                self._receive(name, projected, masked(gradient.float() @ q_out, mask))
 
             output.register_hook(receive)
 
@@ -198,3 +288,13 @@ class EmbeddingLeaf:
         if not output.requires_grad:
             output.requires_grad_(True)
         self.output = output
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor | None:
+    """Return what rows of a batch are multiplied by, (B, T, 1) fp32; ``None`` without padding."""
+    return None if bool(attention_mask.all()) else attention_mask.unsqueeze(-1).float()
+
+
+def masked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``rows`` (B, T, n), zero on padding."""
+    return rows if mask is None else rows * mask

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, check_compatible
-from sst_lightning.algebra.core import Cores, CoreSpace, add
+from sst_lightning.algebra.core import Cores, CoreSpace, add, fingerprint_cores
 from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.modules.backbone import (
     Attention,
@@ -20,7 +20,7 @@ from sst_lightning.modules.backbone import (
     identity,
 )
 from sst_lightning.modules.base_check import check_base_name, check_shapes
-from sst_lightning.modules.core_hooks import CoreInjector
+from sst_lightning.modules.core_hooks import CoreInjector, InjectedCapture, Receiver
 from sst_lightning.modules.evaluation import EvaluationModule
 
 
@@ -187,6 +187,12 @@ class MergeModule(EvaluationModule):
             raise SSTMergeError("the base model is not loaded yet: call configure_model() first")
         self._injector.set_adapter(adapter)
 
+    def gradient_capture(self, space: CoreSpace, receive: Receiver) -> InjectedCapture:
+        """Return the capture of core gradients, for ``FisherCollector``."""
+        if self._injector is None:
+            raise SSTMergeError("the base model is not loaded yet: call configure_model() first")
+        return InjectedCapture(self._injector, receive)
+
     def base_fingerprint(self) -> str:
         """Hash of the base model (computed once)."""
         if self._fingerprint is None:
@@ -205,4 +211,5 @@ class MergeModule(EvaluationModule):
             "base_fingerprint": self.base_fingerprint(),
             "adapter_fingerprints": [adapter.fingerprint for adapter in self.adapters],
             "point": self.point_label(point),
+            "point_fingerprint": fingerprint_cores(self.cores_at(point)),
         }

@@ -1,5 +1,6 @@
 """The merge step: Fishers from validation passes, filter, iterate, save, verify."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,8 @@ class Merger:
         model: holds the adapters in core space.
         datamodule: gives the calibration rows.
         fisher: folder with Fisher files of an earlier ``validate``; collected when not given.
+        work: folder for Fishers that are collected, which a merge that is started again after a
+            kill finds there; :meth:`remove_work` deletes it. ``None`` keeps them in memory.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class Merger:
         model: MergeModule,
         datamodule: SafetyUtilityData,
         fisher: str | Path | None = None,
+        work: Path | None = None,
     ) -> None:
         self.trainer = trainer
         self.model = model
         self.datamodule = datamodule
         self.folder = None if fisher is None else Path(fisher)
+        self.work = work
+        self._passes = 0
         self._at_adapters: dict[str, dict[str, FisherStatistics]] = {}
         if self.folder is not None:
             self._load(self.folder)
@@ -132,7 +138,20 @@ class Merger:
         return result
 
     def _collect(self, estimator: str, points: dict[str, str]) -> dict[str, FisherStatistics]:
-        collector = FisherCollector(points=points, estimator=estimator)  # type: ignore[arg-type]
+        output = None if self.work is None else self.work / str(self._passes)
+        self._passes += 1
+        if output is not None:
+            collected = self._collected(output, points, estimator)
+            if collected is not None:
+                rank_zero_info(f"{output}: Fishers of an interrupted merge are used again")
+                return collected
+        collector = FisherCollector(
+            points,
+            estimator,  # type: ignore[arg-type]
+            None if output is None else str(output),
+            # What an interrupted merge has left there is either this or of no use.
+            overwrite=True,
+        )
         self.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
         self.datamodule.select_validation(list(points))
         try:
@@ -142,13 +161,41 @@ class Merger:
             self.datamodule.select_validation(None)
         return collector.statistics
 
+    def _collected(
+        self, folder: Path, points: dict[str, str], estimator: str
+    ) -> dict[str, FisherStatistics] | None:
+        """Open what an interrupted merge has collected in a pass, if it has all of it."""
+        result: dict[str, FisherStatistics] = {}
+        rows = self.datamodule.fisher_rows()
+        for name, point in points.items():
+            path = folder / f"{name}.safetensors"
+            if not path.exists():
+                return None
+            opened = FisherStatistics.open(path)
+            expected = {
+                **self.model.fisher_metadata(point),
+                "data_fingerprint": self.datamodule.validation_fingerprint(name),
+                "estimator": estimator,
+                "count": len(rows[name]),
+            }
+            if any(getattr(opened.metadata, key) != value for key, value in expected.items()):
+                return None
+            result[name] = opened.streamed_to_space(self.model.space)
+        return result
+
+    def remove_work(self) -> None:
+        """Delete the Fishers that were collected, when the merge is complete."""
+        self.trainer.strategy.barrier()
+        if self.work is not None and self.trainer.local_rank == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
+
     def _load(self, folder: Path) -> None:
         loaded: dict[str, FisherStatistics] = {}
         for name in FISHER_NAMES:
             path = folder / f"{name}.safetensors"
             if name == "harmless" and not path.exists():
                 continue
-            loaded[name] = FisherStatistics.load(path)
+            loaded[name] = FisherStatistics.open(path)
         estimators = {value.metadata.estimator for value in loaded.values()}
         if len(estimators) != 1:
             raise FisherError(
@@ -181,5 +228,8 @@ class Merger:
                     data_fingerprint=self.datamodule.validation_fingerprint(name),
                     count=len(rows[name]),
                 )
-                # The file has the axes of the space it was collected in.
-                statistics[name] = value.to_space(self.model.space)
+                # The file has the axes of the space it was collected in. Every module is looked at
+                # now, so that one that does not fit is known before long work.
+                statistics[name] = value.streamed_to_space(self.model.space)
+                for module in statistics[name].modules:
+                    statistics[name].modules[module]

@@ -23,6 +23,7 @@ from sst_lightning.modules.backbone import (
     identity,
 )
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule, completion_nll
+from sst_lightning.modules.core_hooks import CoreGradientCapture, Receiver
 from sst_lightning.modules.live_adapter import live_adapter
 from sst_lightning.modules.optimizer import (
     OptimizerName,
@@ -347,14 +348,21 @@ class SupervisedLoRA(CausalLMModule):
                 f"FisherCollector.points the point 'training', not '{point}'"
             )
 
+    def gradient_capture(self, space: CoreSpace, receive: Receiver) -> CoreGradientCapture:
+        """Return the capture of core gradients, for ``FisherCollector``."""
+        assert self.model is not None
+        return CoreGradientCapture(self.model, space, receive)
+
     def fisher_metadata(self, point: str) -> dict[str, Any]:
         """Identify the base model and the adapter that a Fisher is taken with."""
         assert self.model is not None
+        fingerprint = self._live_adapter().fingerprint
         return {
             "base_model": identity(self.base),
             "base_fingerprint": backbone_fingerprint(self.model),
-            "adapter_fingerprints": [self._live_adapter().fingerprint],
+            "adapter_fingerprints": [fingerprint],
             "point": point,
+            "point_fingerprint": fingerprint,
         }
 
     def _rows(self, batch: Batch, chosen: Tensor | None = None) -> list[Any]:

@@ -112,10 +112,9 @@ class SSTTrainer(Trainer):
         if alpha is None and method.uses_alpha:
             alpha = 1.0
         comparison.add(method, alpha, Path(output) / "adapter", rule)
-        if not evaluate:
-            return []
-        records = comparison.finish()
-        if max_utility_drop is not None:
+        records = comparison.finish() if evaluate else []
+        comparison.merger.remove_work()
+        if records and max_utility_drop is not None:
             merged = next(r for r in records if "budget" in r.get("provenance", {}))
             rank_zero_info(budget_outcome(merged))
         return records
@@ -183,7 +182,9 @@ class SSTTrainer(Trainer):
                 except NothingMerged as error:
                     # One method that changes nothing must not cost the others' results.
                     rank_zero_warn(f"left out of the comparison: {error}")
-        return comparison.finish()
+        records = comparison.finish()
+        comparison.merger.remove_work()
+        return records
 
 
 def _grids(

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sst_lightning.algebra.accumulators import make_accumulator
 from sst_lightning.algebra.core import CoreBasis, CoreSpace
 from sst_lightning.modules.causal_lm import CausalLMModule, completion_nll
-from sst_lightning.modules.core_hooks import CoreGradientCapture, CoreInjector, EmbeddingLeaf
+from sst_lightning.modules.core_hooks import CoreInjector, EmbeddingLeaf, InjectedCapture
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.planner.architecture import META
 from sst_lightning.planner.job import Adapter, Job, Reading
@@ -99,7 +99,7 @@ def fisher_step(model: PreTrainedModel, job: Job) -> Pass:
     with DryRun(job.batch_size * job.labelled):
         injector = CoreInjector(model, space)
         injector.set({name: _core(basis) for name, basis in bases.items()})
-        capture = CoreGradientCapture(model, space, receive)
+        capture = InjectedCapture(injector, receive)
         leaf = EmbeddingLeaf(model)
         batch = _batch(job.batch_size, job.tokens)
         try:

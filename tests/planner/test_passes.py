@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.modules.backbone import load_backbone
 from sst_lightning.modules.causal_lm import CausalLMModule, completion_nll
-from sst_lightning.modules.core_hooks import CoreGradientCapture, CoreInjector, EmbeddingLeaf
+from sst_lightning.modules.core_hooks import CoreInjector, EmbeddingLeaf, InjectedCapture
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.planner.job import Reading
 from sst_lightning.planner.passes import (
@@ -90,11 +90,12 @@ def test_fisher_step(nano, architecture):
     samples = []
     injector = CoreInjector(model, space)
     injector.set(space.encode(adapters[0]))
-    capture = CoreGradientCapture(
-        model, space, lambda _, p, r: samples.append(torch.bmm(r.transpose(1, 2), p).shape)
+    capture = InjectedCapture(
+        injector, lambda _, p, r: samples.append(torch.bmm(r.transpose(1, 2), p).shape)
     )
     leaf = EmbeddingLeaf(model)
     batch = batch_of(job)
+    batch["attention_mask"][-1, -1] = 0  # padding takes a mask
 
     def step():
         capture.start(batch["attention_mask"])
