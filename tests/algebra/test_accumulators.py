@@ -208,3 +208,36 @@ def test_empty_calibration_set_and_bad_gradients_are_refused(estimator):
 def test_unknown_estimator_is_refused():
     with pytest.raises(FisherError, match="'full': use exact, kfac, ekfac, diagonal, vila"):
         make_accumulator("full")
+
+
+def test_kronecker_sums_are_accurate_over_many_batches():
+    """Products in fp32, sums in fp64: as near the fp64 oracle as one product is."""
+    source = generator(5)
+    accumulator = make_accumulator("kfac")
+    expected = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
+    for _ in range(400):
+        # Token norms over four orders of magnitude, as gradients have.
+        scale = 10 ** (4 * torch.rand(3, 40, 1, generator=source) - 2)
+        inputs = torch.randn(3, 40, 5, generator=source) + 1
+        outputs = scale * torch.randn(3, 40, 6, generator=source)
+        accumulator.update(inputs, outputs)
+        expected[0].add_(outputs.flatten(0, 1).double().T @ outputs.flatten(0, 1).double())
+        expected[1].add_(inputs.flatten(0, 1).double().T @ inputs.flatten(0, 1).double())
+    fisher = accumulator.finish()
+    found = fisher.output_factor * (400 * 120), fisher.input_factor * (400 * 3)
+    for one, two in zip(found, expected, strict=True):
+        diagonal = two.diagonal().sqrt()
+        error = (one - two).abs() / torch.outer(diagonal, diagonal)
+        assert float(error.max()) < 3e-7
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_offloading_changes_nothing(estimator):
+    plain, offloaded = make_accumulator(estimator), make_accumulator(estimator)
+    for inputs, gradients in batches((1, 3)):
+        for accumulator in (plain, offloaded):
+            accumulator.update(inputs, gradients)
+        offloaded.offload()
+    for one, two in zip(plain.state(), offloaded.state(), strict=True):
+        assert torch.equal(one, two)
+    assert len(plain.state()) == plain.sums + (estimator in ("exact", "ekfac"))

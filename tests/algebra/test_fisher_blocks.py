@@ -100,7 +100,7 @@ def test_a_block_that_cannot_be_written_says_what_to_do(tmp_path):
     (tmp_path / "blocks").write_text("not a folder")
     store = BlockStore(None, IDENTITY)
     store.folder = tmp_path / "blocks"
-    with pytest.raises(FisherError, match="cannot be written .*the next run goes on from it"):
+    with pytest.raises(FisherError, match=r"cannot be written .*the next run goes on from it"):
         store.append(block(0))
 
 

@@ -7,6 +7,8 @@ from sst_lightning.modules.core_hooks import (
     CoreGradientCapture,
     CoreInjector,
     EmbeddingLeaf,
+    GradientCapture,
+    InjectedCapture,
     target_modules,
 )
 from tests.adapters import random_adapter
@@ -53,19 +55,29 @@ def test_none_is_the_bare_base_model(parts):
     assert torch.equal(model(batch["input_ids"]).logits, before)
 
 
-def test_gradients_equal_autograd_of_an_explicit_core(parts):
+@pytest.mark.parametrize("lengths", [[(5, 4), (3, 6), (7, 1)], [(5, 4), (3, 6), (7, 2)]])
+@pytest.mark.parametrize("at_base", [False, True])
+@pytest.mark.parametrize("injected", [False, True])
+def test_gradients_equal_autograd_of_an_explicit_core(parts, injected, at_base, lengths):
     """The oracle puts each core into the forward pass as a parameter, one sequence at a time."""
     model, adapters, space = parts
-    batch = random_batch([(5, 4), (3, 6), (7, 1)])
+    batch = random_batch(lengths)
     point = space.encode(adapters[0])
+    if at_base:
+        point = {name: torch.zeros_like(core) for name, core in point.items()}
     injector = CoreInjector(model, space)
-    injector.set(point)
+    injector.set(None if at_base else point)
     gradients: dict[str, torch.Tensor] = {}
 
     def receive(name, inputs, outputs):
         gradients[name] = torch.einsum("btp,btq->bpq", outputs, inputs)
 
-    capture, leaf = CoreGradientCapture(model, space, receive), EmbeddingLeaf(model)
+    capture: GradientCapture = (
+        InjectedCapture(injector, receive)
+        if injected
+        else CoreGradientCapture(model, space, receive)
+    )
+    leaf = EmbeddingLeaf(model)
     capture.start(batch["attention_mask"])
     torch.autograd.grad(summed_nll(model, batch).sum(), leaf.output)
     for part in (capture, leaf, injector):
@@ -104,3 +116,21 @@ def test_cores_of_another_space_are_refused(parts):
     cores.pop(next(iter(cores)))
     with pytest.raises(AdapterError, match="one core for each module"):
         injector.set(cores)
+
+
+def test_a_stopped_capture_sees_and_changes_nothing(parts):
+    model, _, space = parts
+    batch = random_batch([(4, 2)])
+    injector = CoreInjector(model, space)
+    bare = model(batch["input_ids"]).logits
+    seen = []
+    capture, leaf = (
+        InjectedCapture(injector, lambda *parts: seen.append(parts)),
+        EmbeddingLeaf(model),
+    )
+    capture.start(batch["attention_mask"])
+    assert torch.equal(model(batch["input_ids"]).logits, bare)
+    capture.stop()
+    torch.autograd.grad(model(batch["input_ids"]).logits.sum(), leaf.output)
+    assert seen == []
+    assert torch.equal(model(batch["input_ids"]).logits, bare)
