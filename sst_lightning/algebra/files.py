@@ -108,11 +108,16 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def remove_outputs(folder: Path, names: Sequence[str]) -> None:
-    """Remove the files and folders of these names below ``folder``, those that are there."""
+    """Remove the files and folders of these names below ``folder``, those that are there.
+
+    A kill in between leaves no folder that lacks some of its files.
+    """
     for name in names:
         path = folder / name
         if path.is_dir():
-            shutil.rmtree(path)
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+            path.replace(aside)
+            shutil.rmtree(aside)
         else:
             path.unlink(missing_ok=True)
 

@@ -109,8 +109,9 @@ def load_study(config: str, output: str | None, seed: int | None) -> tuple[Path,
 def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False) -> Path:
     """Run the stages that are not finished yet, then write one report of all comparisons.
 
-    A stage counts as finished when its mark holds the hash of what it would do now; an unfinished
-    or outdated one starts over (evaluations of identical weights come from the cache).
+    A stage counts as finished when its mark holds the hash of what it would do now. An unfinished
+    ``fit`` goes on from its last checkpoint; another unfinished or outdated stage starts over
+    (evaluations of identical weights come from the cache).
 
     Returns:
         Path of ``report.md``.
@@ -135,16 +136,18 @@ def run_study(folder: Path, title: str, stages: list[Stage], fresh: bool = False
     for number, stage in enumerate(stages, 1):
         fingerprint = stage.fingerprint(fingerprint)
         head = f"[{number}/{len(stages)}] {stage.command} {stage.name}"
-        done = marks.get(stage.name, {}).get("fingerprint") == fingerprint
-        if done and (folder / stage.name).is_dir():
+        mark = marks.get(stage.name, {})
+        if mark.get("fingerprint") == fingerprint and (folder / stage.name).is_dir():
             console.print(f"[bold]{head}[/bold]: finished earlier")
             continue
         console.rule(f"[bold]{head}", align="left")
-        marks.pop(stage.name, None)
+        goes_on = mark.get("started") == fingerprint and stage.command == "fit"
+        if not goes_on:
+            shutil.rmtree(folder / stage.name, ignore_errors=True)
+        marks[stage.name] = {"started": fingerprint}
         _write_marks(folder, marks)
-        shutil.rmtree(folder / stage.name, ignore_errors=True)
         begin = time.monotonic()
-        run_lightning(stage.command_line())
+        run_lightning([*stage.command_line(), *(["--ckpt_path=last"] if goes_on else [])])
         gc.collect()
         marks[stage.name] = {
             "fingerprint": fingerprint,

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from sst_lightning.algebra.errors import CheckpointError
 from sst_lightning.algebra.files import atomic_file
 
-# Whatever torch.load raises on bytes that are no checkpoint.
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError)
+# Whatever zipfile and torch.load raise on bytes that are no checkpoint.
+UNREADABLE = (
+    *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError),
+)
 KEYS = ("state_dict", "pytorch-lightning_version")
 
 
@@ -58,6 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such checkpoint. {_alternative(path)}")
         try:
+            _check_bytes(path)
             checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
             missing = [key for key in KEYS if key not in checkpoint]
         except UNREADABLE as error:
@@ -84,8 +89,21 @@ def _alternative(path: Path) -> str:
     )
 
 
+def _check_bytes(path: Path) -> None:
+    """Compare a checkpoint, a zip file, with its checksums: torch.load does not.
+
+    Raises:
+        zipfile.BadZipFile: they differ, or it is no zip file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is not what was written")
+
+
 def _is_whole(path: Path) -> bool:
     try:
+        _check_bytes(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE:
         return False

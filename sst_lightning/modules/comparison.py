@@ -38,10 +38,10 @@ from sst_lightning.report.summary import Candidate, build_records
 from sst_lightning.suites.datamodule import SuiteData, SuiteTask
 
 RESULTS = (
+    "results.json",
     "adapter",
     "adapters",
     "config.yaml",
-    "results.json",
     "report.md",
     "report.html",
     "figures",
@@ -155,8 +155,10 @@ class Comparison:
         if self.trainer.is_global_zero:
             write_recipe(recipe, unverified)
             if not self.merges:
-                # What an earlier run left in ``output`` is not about the merges made now.
-                remove_outputs(self.output, RESULTS)
+                # What an earlier run left in ``output`` is not about the merges made now. An adapter
+                # in the new one's place stays until the new one takes it.
+                others = [name for name in RESULTS if self.output / name != folder]
+                remove_outputs(self.output, others)
             folder.parent.mkdir(parents=True, exist_ok=True)
             move_folder(unverified, folder)
         rank_zero_info(f"{merge_name(method, alpha)}: saved and verified {folder}")

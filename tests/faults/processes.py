@@ -1,5 +1,6 @@
 """Processes that are killed: ``main([...])`` in a forked child, which needs no second import."""
 
+import logging
 import os
 import signal
 import sys
@@ -9,8 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft  # noqa: F401
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401
 
+# What is imported here, no child has to import again.
+import sst_lightning.cli.lightning_cli  # noqa: F401
 from sst_lightning.cli.main import main
 
 
@@ -72,6 +77,10 @@ def _child(
         os.dup2(descriptor, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1)
         sys.stderr = os.fdopen(2, "w", buffering=1)
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(sys.stderr)
         os.chdir(folder)
         # torch renews its thread pool at the first call after a fork, which must not be several
         # threads' at once, as it would be when transformers reads weights.

@@ -1,6 +1,7 @@
 """Callbacks that provoke a fault at a given place; YAML and command line name them."""
 
 import os
+import resource
 import signal
 from typing import Literal
 
@@ -42,4 +43,42 @@ class SignalAt(Callback):
             return
         if self.left == 0:
             os.kill(os.getpid(), signal.Signals(self.number))
+        self.left -= 1
+
+
+class FullDiskAt(Callback):
+    """From a batch of training on, no file can get larger than a few bytes.
+
+    Args:
+        batch: how many batches of training begin before.
+        size: bytes a file may have.
+    """
+
+    def __init__(self, batch: int, size: int = 4096) -> None:
+        self.left = batch
+        self.size = size
+
+    def on_train_batch_start(self, trainer, *arguments) -> None:
+        """Set the limit of this process."""
+        if self.left == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+        self.left -= 1
+
+
+class NaNAt(Callback):
+    """Makes the trained weights NaN before a batch of training, as a step that diverged would.
+
+    Args:
+        batch: how many batches of training begin before.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_train_batch_start(self, trainer, module, *arguments) -> None:
+        """Spoil the weights."""
+        if self.left == 0:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data.fill_(float("nan"))
         self.left -= 1
