@@ -13,6 +13,7 @@ from tests.faults.processes import run_child
 from tests.small_merge import save_inputs
 
 pytestmark = pytest.mark.slow
+SUITES = "--config=../suites.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def merge(tmp_path_factory):
         return run_child(
             folder / name,
             [
-                "merge", "--config=configs/merge_own.yaml", f"--config={folder}/suites.yaml",
+                "merge", "--config=configs/merge_own.yaml",
                 f"--model.base={made.base}", f"--model.utility=[{made.utility}]",
                 f"--model.safety={made.safety}", "--method=task_arithmetic", "--output=out",
                 *TINY["data"], *TINY["trainer"], *more,
@@ -63,10 +64,10 @@ def stored(folder):
 
 def test_an_evaluation_goes_on(merge):
     folder, run = merge
-    whole = run("whole")
+    whole = run("whole", SUITES)
     assert whole.code == 0, whole.output
     expected = metrics(folder / "whole")
-    stopped = run("stopped", fault(signal.SIGTERM, 9))
+    stopped = run("stopped", SUITES, fault(signal.SIGTERM, 9))
     assert stopped.code == 143, stopped.output
     assert "stopped by SIGTERM; to go on, run the same command with --overwrite" in stopped.output
     assert "Traceback" not in stopped.output
@@ -76,14 +77,14 @@ def test_an_evaluation_goes_on(merge):
     assert scores
     assert first
     assert not (folder / "stopped" / "out" / "results.json").exists()
-    killed = run("stopped", "--overwrite", fault(signal.SIGKILL, 5))
+    killed = run("stopped", SUITES, "--overwrite", fault(signal.SIGKILL, 12))
     assert killed.code == 137, killed.output
     second = stored(folder / "stopped")
     assert set(second) > set(first)
     # A kill in the middle of a write.
     (log,) = list((folder / "stopped").rglob("process-0.jsonl"))[:1]
     log.write_bytes(log.read_bytes() + b'{"key": "a", "va')
-    last = run("stopped", "--overwrite")
+    last = run("stopped", SUITES, "--overwrite")
     assert last.code == 0, last.output
     assert metrics(folder / "stopped") == expected
     assert [path.stat().st_mtime_ns for path in scores] == before
