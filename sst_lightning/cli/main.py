@@ -80,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop = Interrupted(signal.SIGINT)
         if not isinstance(stop, Interrupted):
             raise
+        from lightning.pytorch.utilities import rank_zero_only
+
         how = HOW_TO_GO_ON.get(arguments[0], "run the same command again")
-        print(f"sst-merge: {stop}; to go on, {how}", file=sys.stderr)
+        rank_zero_only(print)(f"sst-merge: {stop}; to go on, {how}", file=sys.stderr)
         return 128 + stop.number
     except Exception as error:
         message = _message(error)

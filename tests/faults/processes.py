@@ -3,20 +3,26 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
+from lightning.pytorch.utilities import rank_zero_only
 
 # What is imported here, no child has to import again.
 import sst_lightning.cli.lightning_cli  # noqa: F401
 from sst_lightning.cli.main import main
+
+# A process that takes longer hangs.
+SECONDS = 180
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,7 @@ class Ended:
 
 
 def run_child(
-    folder: Path,
-    arguments: list[str],
-    before: Callable[[], object] | None = None,
-    seconds: float = 120,
+    folder: Path, arguments: list[str], before: Callable[[], object] | None = None
 ) -> Ended:
     """Run the program in a process of its own.
 
@@ -44,16 +47,43 @@ def run_child(
         folder: current folder of the process.
         arguments: command line.
         before: called in the process first, to lay traps.
-        seconds: the process is killed, and this raises, when it takes longer.
     """
+    return _wait(*_start(folder, arguments, before, "output.txt"))
+
+
+def run_ranks(folder: Path, arguments: list[str]) -> list[Ended]:
+    """Run the program in two processes that a cluster would have started, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def join(rank: int) -> None:
+        names = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(names, WORLD_SIZE="2", NODE_RANK="0")
+        rank_zero_only.rank = rank
+
+    both = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    started = [
+        _start(folder, [*arguments, *both], partial(join, rank), f"rank-{rank}.txt")
+        for rank in range(2)
+    ]
+    return [_wait(*process) for process in started]
+
+
+def _start(
+    folder: Path, arguments: list[str], before: Callable[[], object] | None, log: str
+) -> tuple[int, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "output.txt"
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
-        os._exit(_child(folder, log, arguments, before))
-    end = time.monotonic() + seconds
+        os._exit(_child(folder, folder / log, arguments, before))
+    return process, folder / log
+
+
+def _wait(process: int, log: Path) -> Ended:
+    end = time.monotonic() + SECONDS
     while True:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
@@ -61,7 +91,7 @@ def run_child(
         if time.monotonic() > end:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            raise TimeoutError(f"{arguments} did not end:\n{log.read_text()}")
+            raise TimeoutError(f"a process did not end:\n{log.read_text()}")
         time.sleep(0.01)
     code = os.waitstatus_to_exitcode(status)
     return Ended(code if code >= 0 else 128 - code, log.read_text())

@@ -12,7 +12,7 @@ import torch
 
 from sst_lightning.algebra import files
 from tests.cli.commands import TINY
-from tests.faults.processes import run_child
+from tests.faults.processes import run_child, run_ranks
 from tests.nano import save_nano
 
 pytestmark = pytest.mark.slow
@@ -33,14 +33,15 @@ CALLBACKS = [
 ]
 
 
-def fit(folder, *more, fault=None, before=None):
+def fit(folder, *more, fault=None, before=None, ranks=False):
     """One process; ``fault`` is a callback of tests/faults/provoke.py with its arguments."""
     callbacks = list(CALLBACKS)
     if fault is not None:
         name, arguments = fault
         callbacks.append({"class_path": f"tests.faults.provoke.{name}", "init_args": arguments})
     text = str(callbacks).replace("'", '"')
-    return run_child(folder, [*FIT, f"--trainer.callbacks={text}", *more], before)
+    arguments = [*FIT, f"--trainer.callbacks={text}", *more]
+    return run_ranks(folder, arguments) if ranks else run_child(folder, arguments, before)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +173,21 @@ def test_a_damaged_checkpoint(whole, tmp_path):
     assert "the checkpoint was made with another r" in rank.output
     shutil.copy(folder / other, last)
     assert_goes_on(whole, folder, f"--ckpt_path={other}")
+
+
+def test_one_of_two_processes_is_killed(whole, tmp_path):
+    """The other one ends, and both go on together; SIGTERM to one of them ends both."""
+    folder, calm = whole / tmp_path.name, whole / "two processes"
+    assert [ended.code for ended in fit(calm, ranks=True)] == [0, 0]
+    killed = {"number": int(signal.SIGKILL), "batch": 6, "rank": 1}
+    first, second = fit(folder, fault=("SignalAt", killed), ranks=True)
+    assert second.code == 137
+    assert first.code == 1, first.output
+    assert steps(folder) == [2, 2]
+    stopped = {"number": int(signal.SIGTERM), "batch": 1, "rank": 1}
+    ended = fit(folder, "--ckpt_path=last", fault=("SignalAt", stopped), ranks=True)
+    assert [process.code for process in ended] == [143, 143], ended[0].output
+    ended = fit(folder, "--ckpt_path=last", ranks=True)
+    assert [process.code for process in ended] == [0, 0], ended[0].output
+    assert "Restored all states" in ended[0].output
+    assert (folder / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes()
