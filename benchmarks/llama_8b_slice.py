@@ -37,9 +37,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 
 
 def model_config(layers: int, shrink: int) -> LlamaConfig:
-    """Llama-3.1-8B's config with fewer layers; widths and vocabulary are divided by ``shrink``."""
+    """Llama-3.1-8B's config with fewer layers; widths are divided by ``shrink``."""
     return LlamaConfig(
-        vocab_size=VOCABULARY // shrink,
+        vocab_size=VOCABULARY,
         hidden_size=4096 // shrink,
         intermediate_size=14336 // shrink,
         num_hidden_layers=layers,
@@ -78,12 +78,14 @@ def make_slice(folder: Path, layers: int, shrink: int, tokenizer: Path) -> None:
                 continue
             generator = torch.Generator().manual_seed(hash_of(name))
             # Uniform numbers are drawn several times faster than normal ones.
-            weight = torch.rand(shape, generator=generator).sub_(0.5).mul_(0.07)
-            yield name, weight.to(torch.bfloat16)
+            weight = torch.empty(shape, dtype=torch.bfloat16)
+            yield name, weight.uniform_(-0.035, 0.035, generator=generator)
 
     with atomic_folder(folder) as temporary:
         config.save_pretrained(temporary)
-        write_tensors(temporary / "model.safetensors", shapes, tensors(), {"format": "pt"})
+        dtypes = dict.fromkeys(shapes, torch.bfloat16)
+        file = temporary / "model.safetensors"
+        write_tensors(file, shapes, tensors(), {"format": "pt"}, dtypes)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copy(tokenizer / name, temporary / name)
@@ -128,7 +130,8 @@ def stages(
             *(f"--data.batch_size={options.batch_size}", f"--model.r={RANK}"),
             *("--data.calibration_samples=1", "--trainer.max_epochs=1"),
             *("--trainer.accumulate_grad_batches=1", "--trainer.logger=false"),
-            *("--trainer.limit_val_batches=0", "--trainer.callbacks=" + json.dumps([export])),
+            *("--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"),
+            "--trainer.callbacks=" + json.dumps([export]),
         ],
         "validate": [
             *("validate", f"--config={CONFIGS / 'fisher_a6_a7.yaml'}", *common, *inputs, *data),
