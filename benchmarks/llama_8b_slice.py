@@ -2,12 +2,12 @@
 
     python benchmarks/llama_8b_slice.py --folder /tmp/slice
 
-A model of one layer and one of two, of full width and vocabulary (4096 / 14336, 128,256 tokens,
-untied), go through fit, validate with a FisherCollector, merge with its evaluation, and test, in bf16 and in NF4
-(which a CPU computes in fp32). Every stage is a process of its own; its peak is VmHWM of
-/proc/self/status. The difference of the two models is what a layer costs; times 32 and with what the
-first model has beside its layer it predicts the full model, which is printed beside the planner's
-figures for the same command. The last line is one JSON object; memory is bytes, time seconds.
+A model of one layer and one of two, of full width and vocabulary (4096 and 14336, 128,256 tokens,
+untied), go through fit, validate with a FisherCollector, merge with its evaluation, and test, in
+bf16 and in NF4 (which a CPU computes in fp32). Every stage is a process of its own; its peak is
+VmHWM of /proc/self/status. The difference of the two models is what a layer costs; 31 times that,
+added to the first model, predicts the full one, which is printed beside the planner's figures for
+the same command. The last line is one JSON object; memory is bytes, time seconds.
 
 Sequences are short and few (--tokens, --rows), because the machine may be small: activations of
 longer ones are the planner's to predict. On a shared machine trust CPU seconds, not seconds.

@@ -5,8 +5,8 @@
 Each run is a process of its own, and so is each prediction, which is made before anything has run.
 Measured is VmHWM of /proc/self/status, the most memory a process ever had resident: unlike
 ``getrusage`` it starts at zero with the program. It includes Python and its libraries, and so does the
-prediction, as its term "program"; "net" is without it. Ratios are predicted / measured. The last line is one JSON
-object.
+prediction, as its term "program"; "net" is without it. Ratios are predicted / measured. The last
+line is one JSON object.
 """
 
 import argparse
@@ -99,10 +99,10 @@ def runs(folder: Path, base: str, options: argparse.Namespace) -> dict[str, list
             *more,
         ]
 
-    collector = {
-        "class_path": "callbacks.FisherCollector",
-        "init_args": {"output": f"{folder}/fisher"},
-    }
+    def collector(estimator: str) -> dict[str, Any]:
+        arguments = {"output": f"{folder}/fisher-{estimator}", "estimator": estimator}
+        return {"class_path": "callbacks.FisherCollector", "init_args": arguments}
+
     common = [f"--model.base={base}", *data, *QUIET]
     batches = [f"--data.batch_size={options.batch_size}"]
     answers = [f"--data.generation_batch_size={options.batch_size}"]
@@ -114,11 +114,19 @@ def runs(folder: Path, base: str, options: argparse.Namespace) -> dict[str, list
         "fit, nf4": fit("nf4", "--model.quantization=nf4", "--model.dtype=float32"),
         "validate": [
             *("validate", f"--config={CONFIGS / 'fisher_a6_a7.yaml'}", *common, *inputs, *batches),
-            "--trainer.callbacks=" + json.dumps([collector]),
+            "--trainer.callbacks=" + json.dumps([collector("exact")]),
+        ],
+        "validate, kfac": [
+            *("validate", f"--config={CONFIGS / 'fisher_a6_a7.yaml'}", *common, *inputs, *batches),
+            "--trainer.callbacks=" + json.dumps([collector("kfac")]),
         ],
         "merge": [
             *("merge", f"--config={CONFIGS / 'merge_a6_a7.yaml'}", *common, *inputs, *batches),
             *(*answers, f"--output={folder}/merge"),
+        ],
+        "merge, Fishers read, not evaluated": [
+            *("merge", f"--config={CONFIGS / 'merge_a6_a7.yaml'}", *common, *inputs, *batches),
+            *(f"--fisher={folder}/fisher-exact", "--evaluate=false", f"--output={folder}/merge2"),
         ],
         "test": [
             *("test", f"--config={CONFIGS / 'test.yaml'}", *common, *batches, *answers),

@@ -216,6 +216,7 @@ class _Reader:
             adapters=self.merged_adapters(),
             estimator=estimator,
             samples=samples,
+            reads_fishers=bool(estimator) and config.fisher is not None,
             at_merge=again if iterates else (),
             merges=1,
             readings=readings,

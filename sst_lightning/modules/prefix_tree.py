@@ -90,12 +90,11 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
     They are in models whose layers all attend to all earlier positions and that take masks and
     positions as they are given: not with sliding windows, recurrent layers, attention dropout (which
     would hit sequences together) or flash attention. What the configuration does not say shows in a
-    small tree; a model without values (on the meta device) shows nothing, and is taken to share none.
+    small tree.
     """
     config = model.config.get_text_config()
     if (
-        model.device.type == "meta"
-        or not model._supports_attention_backend
+        not model._supports_attention_backend
         or model._is_stateful
         or "position_ids" not in signature(model.get_decoder().forward).parameters
         or config._attn_implementation not in ("eager", "sdpa")

@@ -70,6 +70,7 @@ class Job:
         at_merge: the same for one iteration at the merge; empty without iterations.
         merges: merged adapters that are written.
         fisher_files: whether Fishers are written.
+        reads_fishers: whether a merge reads ``samples`` from Fisher files.
     """
 
     stage: Stage
@@ -93,3 +94,4 @@ class Job:
     at_merge: tuple[tuple[str, int], ...] = ()
     merges: int = 0
     fisher_files: bool = False
+    reads_fishers: bool = False

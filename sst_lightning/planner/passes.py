@@ -28,10 +28,12 @@ class Pass:
     Attributes:
         peak: bytes by kind at the moment when their sum is largest.
         products: shapes of half-precision matrix products, each of which a CPU compiles once.
+        small: bytes at that moment that a CPU's allocator has in its heap (``trace.LARGE``).
     """
 
     peak: Mapping[str, int]
     products: frozenset[tuple[Any, ...]]
+    small: int
 
 
 ACTIVATIONS, SCORES, LOGITS = "activations", "attention scores", "logits"
@@ -246,4 +248,4 @@ def _tags(model: PreTrainedModel, tokens: int, generates: bool = False) -> Tag:
 
 def _result(trace: MemoryTrace, more: Iterable[tuple[Any, ...]] = ()) -> Pass:
     peak = {kind: size for kind, size in trace.at_peak.items() if size}
-    return Pass(peak, frozenset({*trace.products, *more}))
+    return Pass(peak, frozenset({*trace.products, *more}), trace.small_at_peak)

@@ -30,6 +30,7 @@ from sst_lightning.planner.storage import (
     fisher_bytes,
     fisher_file_bytes,
     optimizer_bytes,
+    paged_bytes,
 )
 
 CUDA_CONTEXT = 1 << 29
@@ -40,6 +41,9 @@ COMPILED = 600 * 1024
 """Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
 MOST_COMPILED = 1024
 """Entries of oneDNN's cache of compiled products."""
+HOLES = 0.45
+"""Share of a training step's blocks below 32 MiB that glibc's heap has in holes beside them: what the
+peak is above that with MALLOC_MMAP_THRESHOLD_=131072 (SmolLM2, 4 x 256 tokens, glibc 2.36)."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class Phase:
         name: what is done.
         terms: what is in memory.
         products: shapes of half-precision matrix products that are taken.
+        small: bytes of tensors of a pass that a CPU's allocator has in its heap.
     """
 
     name: str
     terms: tuple[Term, ...]
     products: frozenset[tuple[Any, ...]] = frozenset()
+    small: int = 0
 
     def size(self, *places: str) -> int:
         """Return the bytes in some places."""
@@ -157,7 +163,7 @@ class _Planner:
         model_file = Term("base model", self.file, "disk")
         phases = [self.loading(), *phases]
         if self.job.accelerator == "cpu":
-            phases = _with_compiled(phases)
+            phases = _with_holes(_with_compiled(phases))
         return StagePlan(self.job, tuple(phases), (model_file, *disk))
 
     def loading(self) -> Phase:
@@ -181,24 +187,29 @@ class _Planner:
         job = self.job
         (adapter,) = job.adapters
         size = self.adapters[adapter.name]
-        state = optimizer_bytes(factor_counts(self.shapes, adapter), job.optimizer)
+        counts = factor_counts(self.shapes, adapter)
+        state = optimizer_bytes(counts, job.optimizer)
+        paged = paged_bytes(counts, job.optimizer)
         standing = [
             *self.standing(),
             Term("adapter", size),
-            Term("optimizer state", state),
+            Term("optimizer state", state - paged),
         ]
         if job.processes > 1:
             standing.append(Term("DDP's buckets of gradients", size))
         gradients = Term("gradients of the adapter", size)
         update = [Term("update of all tensors at once", size)] if job.accelerator == "gpu" else []
+        # Between updates the driver moves it out where the device is full.
+        outside = [Term("optimizer state, paged out", paged, "host")] if paged else []
+        inside = [Term("optimizer state, paged in", paged)] if paged else []
         phases = [
-            _phase("training step", standing, training_step(self.model, job)),
-            Phase("optimizer step", (*standing, gradients, *update)),
+            _phase("training step", [*standing, *outside], training_step(self.model, job)),
+            Phase("optimizer step", (*standing, *inside, gradients, *update)),
         ]
         disk = [Term("adapter", size, "disk")]
         if job.checkpoints:
             written = Term("checkpoint being written", size + state, "host")
-            phases.append(Phase("checkpoint", (*standing, gradients, written)))
+            phases.append(Phase("checkpoint", (*standing, *outside, gradients, written)))
             disk.append(
                 Term(f"checkpoints ({job.checkpoints})", job.checkpoints * (size + state), "disk")
             )
@@ -214,8 +225,11 @@ class _Planner:
         phases: list[Phase] = []
         kept: list[Term] = []
         if job.estimator:
-            phases += self.collecting(standing, job.samples, "")
             kept = [self.fishers("Fishers", job.samples)]
+            if job.reads_fishers:
+                phases.append(Phase("Fisher files read", (*standing, *kept)))
+            else:
+                phases += self.collecting(standing, job.samples, "")
             if job.at_merge:
                 phases += self.collecting([*standing, *kept], job.at_merge, " at the merge")
                 kept.append(self.fishers("Fishers at the merge", job.at_merge))
@@ -230,7 +244,7 @@ class _Planner:
         phases.append(Phase("verification", (*standing, *self.verification())))
         phases += self.reading(standing)
         disk = [Term(f"merged adapters ({job.merges})", self.merged() * job.merges, "disk")]
-        return phases, [*self.input_disk(), *disk]
+        return phases, [*self.fisher_disk(), *disk]
 
     def test(self) -> tuple[list[Phase], list[Term]]:
         standing = self.standing()
@@ -300,7 +314,7 @@ class _Planner:
         return [Term("adapters read", sum(self.adapters.values()), "disk")] if self.adapters else []
 
     def fisher_disk(self) -> list[Term]:
-        if not self.job.fisher_files:
+        if not (self.job.fisher_files or self.job.reads_fishers):
             return self.input_disk()
         files = [
             Term(f"Fisher file {name}", fisher_file_bytes(self.core, self.job.estimator, n), "disk")
@@ -320,7 +334,16 @@ class _Planner:
 
 def _phase(name: str, standing: Iterable[Term], step: Pass) -> Phase:
     terms = [Term(kind, size) for kind, size in step.peak.items()]
-    return Phase(name, (*standing, *terms), step.products)
+    return Phase(name, (*standing, *terms), step.products, step.small)
+
+
+def _with_holes(phases: Iterable[Phase]) -> list[Phase]:
+    """Add what is free between the blocks of glibc's heap, and stays resident."""
+    result = []
+    for phase in phases:
+        holes = Term("holes in glibc's heap", int(HOLES * phase.small), "host")
+        result.append(replace(phase, terms=(*phase.terms, holes) if holes.size else phase.terms))
+    return result
 
 
 def _with_compiled(phases: Iterable[Phase]) -> list[Phase]:

@@ -10,6 +10,8 @@ FP32, FP64 = 4, 8
 SMALLEST_8BIT = 4096
 """bitsandbytes keeps the optimizer state of smaller tensors in fp32."""
 OPTIMIZER_BLOCK = 256
+SMALLEST_PAGED = 100_000
+"""bitsandbytes pages the optimizer state of tensors with so many elements."""
 
 Core = Mapping[str, tuple[Shape, Shape]]
 """Module name to (d_out, p) and (d_in, q)."""
@@ -48,6 +50,18 @@ def optimizer_bytes(counts: list[int], optimizer: str) -> int:
         else:
             total += 2 * (count + FP32 * math.ceil(count / OPTIMIZER_BLOCK))
     return total
+
+
+def paged_bytes(counts: list[int], optimizer: str) -> int:
+    """Return the bytes of the optimizer's state that the driver may move to the host.
+
+    Args:
+        counts: elements of each trained tensor.
+        optimizer: as of :func:`optimizer_bytes`.
+    """
+    if not optimizer.startswith("paged"):
+        return 0
+    return sum(2 * count for count in counts if count >= SMALLEST_PAGED)
 
 
 def basis_bytes(core: Core) -> int:

@@ -16,6 +16,9 @@ Tag = Callable[[Tensor], str]
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm)
 
+LARGE = 32 << 20
+"""glibc maps blocks from this size on their own and gives them back; its heap has the others."""
+
 
 class MemoryTrace(TorchDispatchMode):
     """Counts the storages that are alive, and remembers their kinds at the peak.
@@ -29,6 +32,7 @@ class MemoryTrace(TorchDispatchMode):
         now: bytes alive.
         peak: largest ``now``.
         at_peak: bytes by kind when ``now`` was largest.
+        small_at_peak: bytes then in storages below ``LARGE``.
         products: half-precision matrix products that were taken, each shape once.
     """
 
@@ -38,8 +42,10 @@ class MemoryTrace(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
+        self.small_at_peak = 0
         self.products: set[tuple[Any, ...]] = set()
         self._kinds: Counter[str] = Counter()
+        self._small = 0
         self._alive: dict[int, tuple[int, str]] = {}
         self._outside: set[int] = set()
 
@@ -60,7 +66,7 @@ class MemoryTrace(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget the peak so far; what is alive stays counted."""
-        self.peak, self.at_peak = self.now, self._kinds.copy()
+        self.peak, self.at_peak, self.small_at_peak = self.now, self._kinds.copy(), self._small
 
     def retag(self, tensor: Tensor, kind: str) -> None:
         """Give the memory of a tensor another kind."""
@@ -88,14 +94,16 @@ class MemoryTrace(TorchDispatchMode):
         self._alive[key] = size, kind
         self.now += size
         self._kinds[kind] += size
+        self._small += size if size < LARGE else 0
         weakref.finalize(storage, self._freed, key)
         if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self._kinds.copy()
+            self.restart()
 
     def _freed(self, key: int) -> None:
         size, kind = self._alive.pop(key)
         self.now -= size
         self._kinds[kind] -= size
+        self._small -= size if size < LARGE else 0
 
 
 class DryRun(TorchDispatchMode):

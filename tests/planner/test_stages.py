@@ -7,7 +7,7 @@ import pytest
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import parameter_bytes
 from sst_lightning.planner.job import Reading
-from sst_lightning.planner.stages import CUDA_CONTEXT, plan_stage
+from sst_lightning.planner.stages import CUDA_CONTEXT, HOLES, plan_stage
 from tests.planner.jobs import fit_job, merge_job
 
 PROGRAM = 1000
@@ -130,3 +130,39 @@ def test_one_batch_of_an_accumulated_step_is_halved_with_its_number_kept(nano, a
     (item,) = [i for i in suggest(plan, architecture, PROGRAM, device_size) if "batches" in i.text]
     assert (item.plan.job.batch_size, item.plan.job.accumulate) == (2, 6)
     assert "accumulate_grad_batches: 6" in item.text
+
+
+def test_paged_state_leaves_the_device_between_updates(nano, architecture, monkeypatch):
+    monkeypatch.setattr("sst_lightning.planner.storage.SMALLEST_PAGED", 1)
+    job = fit_job(nano, accelerator="gpu", attention="sdpa", optimizer="paged_adamw_8bit")
+    plan = plan_stage(job, architecture, PROGRAM + 1)
+    state = 2 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    step, update = phase(plan, "training step"), phase(plan, "optimizer step")
+    assert sizes(step.terms)["optimizer state, paged out"] == state
+    assert step.size("host") == PROGRAM + 1 + state
+    assert sizes(update.terms)["optimizer state, paged in"] == state
+    assert update.size("host") == PROGRAM + 1
+
+
+def test_fishers_that_are_read_are_not_collected(nano, architecture):
+    job = merge_job(nano, at_merge=(), accelerator="gpu", attention="sdpa")
+    collected = plan_stage(job, architecture, PROGRAM)
+    read = plan_stage(replace(job, reads_fishers=True), architecture, PROGRAM)
+    assert "Fisher pass" in [p.name for p in collected.phases]
+    assert [p.name for p in read.phases[:3]] == ["loading the base", "Fisher files read", "filter"]
+    assert sizes(phase(read, "filter").terms) == sizes(phase(collected, "filter").terms)
+    assert {"Fisher file utility", "Fisher file safety"} <= set(sizes(read.disk))
+
+
+def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture):
+    cpu = phase(plan_stage(fit_job(nano), architecture, PROGRAM), "training step")
+    gpu = phase(
+        plan_stage(fit_job(nano, accelerator="gpu"), architecture, PROGRAM), "training step"
+    )
+    tensors = sum(
+        sizes(cpu.terms).get(kind, 0)
+        for kind in ("activations", "attention scores", "logits", "gradients of the adapter")
+    )
+    # All of the nano model's tensors are below 32 MiB.
+    assert sizes(cpu.terms)["holes in glibc's heap"] == int(HOLES * tensors)
+    assert "holes in glibc's heap" not in sizes(gpu.terms)
