@@ -1,16 +1,19 @@
 """Benchmarks run to their last line, at a fraction of their size; nothing is said about times."""
 
 import csv
+import io
 import json
 import os
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from sst_lightning.algebra.methods import METHODS
+from sst_lightning.cli.main import main as command_line
 from tests.nano import save_nano
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -142,3 +145,58 @@ def test_fit_vs_trl(tmp_path, monkeypatch, capsys):
     assert summary["steps"] == 4
     assert summary["speedup"] > 0
     assert summary["largest_loss_difference"] < 0.02
+
+
+def in_this_process(arguments):
+    """Run a command without a process of its own, which takes seconds to start."""
+    assert command_line(arguments) == 0
+    return {"peak": 1 << 30, "cpu_seconds": 1.0}
+
+
+def captured(arguments):
+    """The same, for what it prints."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        assert command_line(arguments[2:]) == 0
+    return output.getvalue()
+
+
+def test_plan_vs_measured(tmp_path, monkeypatch, capsys):
+    model = save_nano(tmp_path / "nano")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("plan_vs_measured")
+    monkeypatch.setattr(benchmark, "measure", in_this_process)
+    monkeypatch.setattr(benchmark, "python", captured)
+    runs = ["fit", "fit, other seed", "validate", "merge, Fishers read, not evaluated"]
+    options = ["--folder", str(tmp_path / "out"), f"--base={model}", "--tokens=200"]
+    options += ["--batch_size=2", "--rank=4", "--samples=4", "--only", *runs]
+    monkeypatch.setattr(sys, "argv", ["plan_vs_measured.py", *options])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(summary["runs"]) == runs
+    for entry in summary["runs"].values():
+        assert entry["measured"] == 1 << 30
+        assert entry["ratio"] == entry["predicted"] / (1 << 30) > 0
+    assert summary["worst"] == max(abs(e["ratio"] - 1) for e in summary["runs"].values())
+
+
+def test_llama_8b_slice(tmp_path, monkeypatch, capsys):
+    """Widths and vocabulary far smaller, the nano tokenizer; a full model is the sum of its layers."""
+    tokenizer = save_nano(tmp_path / "nano")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("llama_8b_slice")
+    monkeypatch.setattr(benchmark, "measure", in_this_process)
+    monkeypatch.setattr(benchmark, "VOCABULARY", 128)
+    monkeypatch.setattr(import_module("plan_vs_measured"), "python", captured)
+    options = ["--folder", str(tmp_path / "out"), f"--tokenizer={tokenizer}", "--shrink=16"]
+    options += ["--tokens=120", "--rows=4", "--storage=bf16", "--stages", "fit", "validate"]
+    monkeypatch.setattr(sys, "argv", ["llama_8b_slice.py", *options])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(summary) == ["bf16"]
+    assert list(summary["bf16"]) == ["fit", "validate"]
+    for entry in summary["bf16"].values():
+        assert entry["measured_layer"] == 0
+        assert entry["measured_32"] == entry["measured_1"]
+        assert entry["predicted_layer"] > 0
+        assert entry["predicted_32"] > entry["predicted_2"] > entry["predicted_1"]
