@@ -246,14 +246,16 @@ class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
         shuffle: bool = False,
         batch_size: int | None = None,
         blocks: RandomBlocks | None = None,
+        even: bool = True,
     ) -> DataLoader[Batch]:
         """Return batches of tokenised rows; other arguments as of :meth:`make_loader`.
 
         Args:
-            items: The rows.
+            items: Tokenised rows.
             shuffle: Another order each epoch.
             batch_size: Sequences per batch; None means the module's.
             blocks: Take the rows in random blocks (see `RandomBlockSampler`), unshuffled.
+            even: Give every process the same number of batches.
 
         Raises:
             DataError: There are no rows.
@@ -262,17 +264,22 @@ class TextDataModule(LazyTokenizer, LightningDataModule, ABC):
             raise DataError("a data loader needs at least one row, got an empty set")
         lengths, size = [len(item) for item in items], batch_size or self.batch_size
         if blocks is None:
-            sampler = LengthBucketBatchSampler(lengths, size, shuffle, self.seed)
+            sampler = LengthBucketBatchSampler(lengths, size, shuffle, self.seed, even=even)
         else:
             sampler = RandomBlockSampler(lengths, size, blocks, self.seed)
-        pad_id = self.tokenizer.pad_token_id
         return ResumableLoader(
             EncodedDataset(items),
             batch_size=None,
             sampler=sampler,
-            collate_fn=partial(collate, pad_id=0 if pad_id is None else pad_id),
+            collate_fn=partial(collate, pad_id=self.pad_id),
             num_workers=self.num_workers,
         )
+
+    @property
+    def pad_id(self) -> int:
+        """Token put where nothing is."""
+        pad_id = self.tokenizer.pad_token_id
+        return 0 if pad_id is None else int(pad_id)
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int

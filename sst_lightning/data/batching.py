@@ -89,7 +89,8 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
 
     With several processes each global batch is divided among them. No index is repeated to fill
     one (repeated examples bias a Fisher or a metric: 11 examples counted as 12 were 4.7 % off), and
-    all processes get the same number of batches (unequal numbers hang in gradient reduction).
+    all processes get the same number of batches (unequal numbers hang in gradient reduction), unless
+    ``even`` is off: an evaluation has nothing to wait for, and may have fewer rows than processes.
 
     Give it to a DataLoader as ``sampler`` with ``batch_size=None``: being a `DistributedSampler` it
     is left alone by Lightning, which would replace any other sampler, and gets ``set_epoch``.
@@ -103,9 +104,10 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
         num_replicas: Number of processes; None asks torch.distributed, else 1.
         rank: Index of this process; None asks torch.distributed, else 0.
         window: Batches that are sorted together.
+        even: Give every process the same number of batches.
 
     Raises:
-        DataError: There are fewer examples than processes, or ``batch_size`` is below 1.
+        DataError: There are fewer examples than processes with ``even``, or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
         num_replicas: int | None = None,
         rank: int | None = None,
         window: int = 16,
+        even: bool = True,
     ) -> None:
         parallel = distributed.is_available() and distributed.is_initialized()
         if num_replicas is None:
@@ -125,7 +128,7 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
             rank = distributed.get_rank() if parallel else 0
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, got {batch_size}")
-        if len(lengths) < num_replicas:
+        if even and len(lengths) < num_replicas:
             raise DataError(
                 f"{len(lengths)} examples cannot be shared by {num_replicas} processes: "
                 "use more rows or fewer devices"
@@ -134,17 +137,22 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.window = window
+        self.even = even
 
     def __len__(self) -> int:
         """Number of batches of this process in an epoch."""
         total, size = len(self.lengths), self.batch_size * self.num_replicas
         full, rest = divmod(total, size)
+        if not self.even:
+            return full + (rest > self.rank)
         # A remainder too small to give every process an example joins the last full batch.
         return full + (rest >= self.num_replicas or (rest > 0 and full == 0))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._global_batches():
-            yield batch[self.rank :: self.num_replicas]
+            own = batch[self.rank :: self.num_replicas]
+            if own:
+                yield own
 
     def _global_batches(self) -> list[list[int]]:
         size = self.batch_size * self.num_replicas
@@ -160,7 +168,7 @@ class LengthBucketBatchSampler(DistributedSampler[Any]):
             # Stable sort: equal lengths stay in their (shuffled) order.
             bucket = sorted(order[start : start + span], key=lambda i: -self.lengths[i])
             batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:
+        if self.even and len(batches) > 1 and len(batches[-1]) < self.num_replicas:
             rest = batches.pop()
             batches[-1] = batches[-1] + rest
         if self.shuffle:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from sst_lightning.algebra.errors import DataError
 from sst_lightning.data.base import TextDataModule
-from sst_lightning.data.batching import Batch
+from sst_lightning.data.batching import Batch, collate
 from sst_lightning.data.random_blocks import RandomBlocks
 from sst_lightning.data.rows import Kind, Row, fingerprint_rows
 from sst_lightning.data.security import Security
@@ -124,6 +124,7 @@ class SafetyUtilityData(LightningDataModule):
         self._selected: list[str] | None = None
         self.random_blocks: dict[str, RandomBlocks] = {}
         self.evaluation_tasks: list[EvaluationTask] = []
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @property
     def children(self) -> list[TextDataModule]:
@@ -205,14 +206,27 @@ class SafetyUtilityData(LightningDataModule):
     def sample_batch(self) -> Batch:
         """Return one calibration row of each kind: enough tokens to tell two models apart."""
         parts = [(module, rows[:1]) for ((module, rows), *_) in self._fisher_parts.values()]
-        return next(iter(self._loader(parts, len(parts))))
+        items = [item for module, rows in parts for item in module.encode(rows)]
+        return collate(items, self.safety.pad_id)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One dataloader per evaluation task."""
+        """One dataloader per evaluation task; a process may have no rows of a small one.
+
+        Raises:
+            DataError: some process has no rows at all.
+        """
+        most = max(len(task.rows) for task in self.evaluation_tasks)
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        if most < processes:
+            raise DataError(
+                f"{most} test rows cannot be shared by {processes} processes: use more rows or fewer "
+                "devices"
+            )
         return [
             self._loader(
                 [(self.data_set(task.task), task.rows)],
                 self.batch_size if task.measure == "nll" else self.generation_batch_size,
+                even=False,
             )
             for task in self.evaluation_tasks
         ]
@@ -228,10 +242,11 @@ class SafetyUtilityData(LightningDataModule):
         parts: Sequence[tuple[TextDataModule, Sequence[Row]]],
         batch_size: int,
         blocks: RandomBlocks | None = None,
+        even: bool = True,
     ) -> DataLoader[Batch]:
         # Each data set truncates its own rows: documents may need more room than attacks.
         items = [item for module, rows in parts for item in module.encode(rows)]
-        return self.safety.loader_of(items, batch_size=batch_size, blocks=blocks)
+        return self.safety.loader_of(items, batch_size=batch_size, blocks=blocks, even=even)
 
     def _calibration(self) -> dict[str, list[tuple[TextDataModule, list[Row]]]]:
         most, sets = self.calibration_samples, len(self.utility)

@@ -30,6 +30,10 @@ class CompletionNLL(PerExampleMetric):
         self.add(ids, nll)
         self.tokens.append(tokens.to(device=self.device, dtype=torch.float64))
 
+    def add_nothing(self) -> None:
+        """Take part in gathering without sequences."""
+        self.update([], torch.zeros(0), torch.zeros(0))
+
     def compute(self) -> Tensor:
         """Return the NLL per token."""
         return self._all(self.values).sum() / self._all(self.tokens).sum()

@@ -44,6 +44,10 @@ class PerExampleMetric(Metric):
         values = torch.as_tensor(scores, dtype=torch.float64, device=self.device)
         self.values.append(values.detach())
 
+    def add_nothing(self) -> None:
+        """Take part in gathering without examples."""
+        self.add([], [])
+
     def compute(self) -> Tensor:
         """Return the mean score; NaN if there is none."""
         return self._all(self.values).mean()

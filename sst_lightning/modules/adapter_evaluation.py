@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.algebra.files import refuse_overwrite, remove_outputs, write_text
 from sst_lightning.metrics.examples import EXAMPLES, write_examples
-from sst_lightning.modules.backbone import Attention, Dtype, Quantization, backbone_fingerprint
+from sst_lightning.metrics.scores import ModelScores
+from sst_lightning.modules.backbone import Attention, Dtype, Quantization
 from sst_lightning.modules.base_check import check_base_name, check_shapes
 from sst_lightning.modules.evaluation import EvaluationModule
+from sst_lightning.modules.processes import on_rank_zero
 from sst_lightning.report.figures import save_figure
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.records import write_records
@@ -77,7 +79,7 @@ class AdapterEvaluation(EvaluationModule):
         """Open the store of this model's outputs, and fresh metrics."""
         if self.cache is not None:
             assert self.model is not None
-            base = backbone_fingerprint(self.causal_lm(self.model))
+            base = self.base_fingerprint()
             weights = "base" if self.adapter is None else self.adapter.fingerprint
             self.output_store = self.open_store(self.cache, base, weights, self.trainer)
         super().on_test_epoch_start()
@@ -87,10 +89,14 @@ class AdapterEvaluation(EvaluationModule):
         super().on_test_epoch_end()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         scores = self.scores([task.name for task in datamodule.evaluation_tasks])
+        if self.output is not None:
+            output = self.output
+            on_rank_zero(lambda: self._write(scores, output), self.trainer)
+
+    def _write(self, scores: ModelScores, output: Path) -> None:
         assert self.suites is not None
-        if self.output is None or not self.trainer.is_global_zero:
-            return
         assert self.model is not None
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         name = "base" if self.adapter is None else str(self.adapter.path)
         recipe = None if self.adapter is None else {"adapter_sha256": self.adapter.fingerprint}
         candidate = Candidate(
@@ -100,7 +106,7 @@ class AdapterEvaluation(EvaluationModule):
             scores=scores,
             diagnostics={},
             provenance=provenance(
-                backbone_fingerprint(self.causal_lm(self.model)),
+                self.base_fingerprint(),
                 self.evaluation_settings(datamodule.evaluation_tasks, self.trainer),
                 recipe,
             ),
@@ -113,11 +119,11 @@ class AdapterEvaluation(EvaluationModule):
             suites=suite_facts(datamodule.evaluation_tasks, self.suites.judges),
         )
         # What an earlier run left is about another model, or other suites.
-        remove_outputs(self.output, ("results.json", "report.md", SUITES_FIGURE, EXAMPLES))
+        remove_outputs(output, ("results.json", "report.md", SUITES_FIGURE, EXAMPLES))
         for task, examples in scores.examples.items():
-            write_examples(self.output / EXAMPLES / f"{task}.jsonl", examples)
+            write_examples(output / EXAMPLES / f"{task}.jsonl", examples)
         # Last of what other commands read: where it is, the examples are complete.
-        write_records(records, self.output / "results.json")
+        write_records(records, output / "results.json")
         if scores.examples:
-            save_figure(suites_figure(records[0]), self.output / SUITES_FIGURE)
-            write_text(self.output / "report.md", suite_report(records, f"Evaluation of {name}"))
+            save_figure(suites_figure(records[0]), output / SUITES_FIGURE)
+            write_text(output / "report.md", suite_report(records, f"Evaluation of {name}"))

@@ -16,7 +16,7 @@ from sst_lightning.algebra.rank import RankRule
 from sst_lightning.algebra.statistics import Interval, bootstrap
 from sst_lightning.data.safety_utility import BUDGET, SafetyUtilityData
 from sst_lightning.modules.merge import MergeModule
-from sst_lightning.modules.processes import gather_by_id
+from sst_lightning.modules.processes import gather_by_id, on_rank_zero
 
 FIRST_ALPHA = 0.25
 LARGEST_ALPHA = 8.0
@@ -159,7 +159,10 @@ class Budget:
 
         def attempt(alpha: float) -> None:
             nonlocal best, too_much
-            adapter = method.merge_prepared(problem, prepared, alpha, self.rule).adapter
+            adapter = on_rank_zero(
+                lambda: method.merge_prepared(problem, prepared, alpha, self.rule).adapter,
+                self.trainer,
+            )
             if self._affordable(method, alpha, adapter):
                 best = alpha, adapter
             else:

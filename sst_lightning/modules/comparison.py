@@ -28,6 +28,7 @@ from sst_lightning.modules.compared import (
 from sst_lightning.modules.evaluator import Evaluator
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import Merger
+from sst_lightning.modules.processes import on_rank_zero
 from sst_lightning.modules.verification import VerificationError, input_logits, verify_saved
 from sst_lightning.report.provenance import provenance
 from sst_lightning.report.recipe import merge_recipe, write_recipe
@@ -129,7 +130,11 @@ class Comparison:
                 is gone then.
         """
         prepared, problem = self.prepare(method)
-        merged = method.merge_prepared(problem, prepared, 1.0 if alpha is None else alpha, rule)
+        weight = 1.0 if alpha is None else alpha
+        # Once, so that all processes evaluate the adapter that is saved.
+        merged = on_rank_zero(
+            lambda: method.merge_prepared(problem, prepared, weight, rule), self.trainer
+        )
         adapter = merged.adapter
         recipe = merge_recipe(
             method, alpha, rule, merged, self.model.adapters, self.model.utility_weights
@@ -141,26 +146,7 @@ class Comparison:
         }
         if self.budget is not None:
             recipe["budget"] = self.budget
-        # Nothing takes the place of an adapter that is there before it has been verified.
-        unverified = self.output / f".{folder.name}.unverified"
-        if self.trainer.is_global_zero:
-            adapter.save(unverified, overwrite=True)
-        self.trainer.strategy.barrier()
-        try:
-            recipe["verification"] = self._verify(unverified, adapter)
-        except VerificationError:
-            if self.trainer.is_global_zero:
-                shutil.rmtree(unverified)
-            raise
-        if self.trainer.is_global_zero:
-            write_recipe(recipe, unverified)
-            if not self.merges:
-                # What an earlier run left in ``output`` is not about the merges made now. An adapter
-                # in the new one's place stays until the new one takes it.
-                others = [name for name in RESULTS if self.output / name != folder]
-                remove_outputs(self.output, others)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            move_folder(unverified, folder)
+        recipe = on_rank_zero(lambda: self._save(adapter, folder, recipe), self.trainer)
         rank_zero_info(f"{merge_name(method, alpha)}: saved and verified {folder}")
         if merged.discarded > 0:
             rank_zero_info(
@@ -169,6 +155,25 @@ class Comparison:
         merge = Merge(method, alpha, adapter, folder, recipe, self._prepare(method)[2])
         self.merges.append(merge)
         return merge
+
+    def _save(self, adapter: LoraAdapter, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Write the adapter, verify it, and return the recipe with what the verification found."""
+        # Nothing takes the place of an adapter that is there before it has been verified.
+        unverified = self.output / f".{folder.name}.unverified"
+        adapter.save(unverified, overwrite=True)
+        try:
+            recipe = {**recipe, "verification": self._verify(unverified, adapter)}
+        except VerificationError:
+            shutil.rmtree(unverified)
+            raise
+        write_recipe(recipe, unverified)
+        if not self.merges:
+            # What an earlier run left in ``output`` is not about the merges made now. An adapter in the
+            # new one's place stays until the new one takes it.
+            remove_outputs(self.output, [n for n in RESULTS if self.output / n != folder])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        move_folder(unverified, folder)
+        return recipe
 
     def prepare(self, method: MergeMethod) -> tuple[Any, MergeProblem]:
         """Return what the method prepared, once, and the problem of its merges."""
@@ -223,22 +228,30 @@ class Comparison:
             )
             for index, model in enumerate(models)
         ]
+        return on_rank_zero(lambda: self._report(candidates, len(inputs)), self.trainer)
+
+    def _report(self, candidates: list[Candidate], inputs: int) -> list[dict[str, Any]]:
+        """Write results.json, report and figures, and return the records.
+
+        Args:
+            candidates: all models, evaluated.
+            inputs: number of those that are no merges.
+        """
         records = build_records(
             candidates,
             setting=self.setting,
             utility_tasks=list(self.datamodule.utility),
             # What every merge starts from at α = 0.
-            reference=candidates[len(inputs) - 2].scores,
-            safety=candidates[len(inputs) - 1].scores,
+            reference=candidates[inputs - 2].scores,
+            safety=candidates[inputs - 1].scores,
             rows=self.datamodule.test_rows(),
             suites=(
                 suite_facts(self.suites.evaluation_tasks, self.suites.judges) if self.suites else {}
             ),
         )
-        if self.trainer.is_global_zero:
-            write_records(records, self.output / "results.json")
-            write_report(records, self.output, f"SST-Merge: {self.setting}")
-            log_figures(records, self.output / "tensorboard" / "report")
+        write_records(records, self.output / "results.json")
+        write_report(records, self.output, f"SST-Merge: {self.setting}")
+        log_figures(records, self.output / "tensorboard" / "report")
         return records
 
     def _evaluate(self, models: list[ComparedModel], with_suites: bool) -> list[ModelScores]:

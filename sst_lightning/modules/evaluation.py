@@ -32,7 +32,7 @@ from sst_lightning.modules.backbone import (
 )
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.output_store import OutputStore
-from sst_lightning.modules.processes import gather_by_id
+from sst_lightning.modules.processes import gather, gather_by_id
 from sst_lightning.modules.suite_evaluation import SuiteEvaluation
 from sst_lightning.modules.suite_runner import running_fingerprint
 from sst_lightning.suites.batching import SuiteBatch
@@ -68,6 +68,7 @@ class EvaluationModule(CausalLMModule):
         self.metrics: dict[str, nn.ModuleDict] = {}
         self.generations: dict[str, dict[str, str]] = defaultdict(dict)
         self.suites: SuiteEvaluation | None = None
+        self._scored: dict[str, dict[str, PerExampleMetric]] = {}
         self.output_store: OutputStore | None = None
 
     def on_test_epoch_start(self) -> None:
@@ -130,12 +131,30 @@ class EvaluationModule(CausalLMModule):
         self.suites.judge()
         for name, mean in self.suites.means().items():
             self.log(name, mean, rank_zero_only=True)
+        self._scored = self._scored_metrics()
+        for task, metrics in self._scored.items():
+            for name, metric in metrics.items():
+                # compute() has gathered all processes' examples already.
+                self.log(f"{task}/{name}", metric.compute(), rank_zero_only=True)
+
+    def _scored_metrics(self) -> dict[str, dict[str, PerExampleMetric]]:
+        """Return the metrics that have an example in some process; all of them gather then."""
+        own = [
+            (task, name)
+            for task, metrics in self.metrics.items()
+            for name, metric in metrics.items()
+            if metric.update_called
+        ]
+        scored = {pair for part in gather(own, self.trainer) for pair in part}
+        result: dict[str, dict[str, PerExampleMetric]] = {}
         for task, metrics in self.metrics.items():
             for name, metric in metrics.items():
                 assert isinstance(metric, PerExampleMetric)
-                if metric.update_called:
-                    # compute() has gathered all processes' examples already.
-                    self.log(f"{task}/{name}", metric.compute(), rank_zero_only=True)
+                if (task, name) in scored:
+                    result.setdefault(task, {})[name] = metric
+                    if not metric.update_called:
+                        metric.add_nothing()
+        return result
 
     def scores(self, names: Sequence[str]) -> ModelScores:
         """Return the per-example scores of the last test pass, over all processes.
@@ -153,10 +172,7 @@ class EvaluationModule(CausalLMModule):
                 continue
             ids = {row_key(row.id): row.id for row in task.rows}
             values = result.values.setdefault(task.task, {})
-            for name, metric in self.metrics[task.task].items():
-                assert isinstance(metric, PerExampleMetric)
-                if not metric.update_called:
-                    continue
+            for name, metric in self._scored.get(task.task, {}).items():
                 found = {name: metric.scores()}
                 if isinstance(metric, CompletionNLL):
                     found["tokens"] = metric.token_counts()

@@ -1,7 +1,8 @@
 """Runs the test pass on any adapter, once per distinct weights and rows."""
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -9,10 +10,11 @@ from lightning.pytorch import Trainer
 from sst_lightning.algebra.adapter import LoraAdapter
 from sst_lightning.data import tokenization
 from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
-from sst_lightning.metrics.examples import EXAMPLES, write_examples
+from sst_lightning.metrics.examples import EXAMPLES, Example, write_examples
 from sst_lightning.metrics.scores import ModelScores, scoring_fingerprint
 from sst_lightning.modules import causal_lm, core_hooks, evaluation, generation
 from sst_lightning.modules.merge import MergeModule
+from sst_lightning.modules.processes import on_rank_zero
 from sst_lightning.suites.datamodule import SuiteData
 
 
@@ -62,7 +64,11 @@ class Evaluator:
         weights = "base" if adapter is None else adapter.fingerprint
         all_tasks = self.datamodule.evaluation_tasks
         files = {task.name: self.cache / f"{self._key(task, weights)}.json" for task in all_tasks}
-        missing = [task for task in all_tasks if not files[task.name].exists()]
+        # Decided once: another node need not see the files.
+        names = on_rank_zero(
+            lambda: [name for name, file in files.items() if not file.exists()], self.trainer
+        )
+        missing = [task for task in all_tasks if task.name in names]
         if missing:
             self.model.use_adapter(adapter)
             self.datamodule.evaluation_tasks = missing
@@ -72,10 +78,10 @@ class Evaluator:
                 self.datamodule.evaluation_tasks = all_tasks
             for task in missing:
                 scores = self.model.scores([task.name])
-                if self.trainer.is_global_zero:
-                    scores.save(files[task.name])
-            self.trainer.strategy.barrier()
-        result = merge_scores([ModelScores.load(files[task.name]) for task in all_tasks])
+                on_rank_zero(partial(scores.save, files[task.name]), self.trainer)
+        result = on_rank_zero(
+            lambda: merge_scores([ModelScores.load(file) for file in files.values()]), self.trainer
+        )
         if self.suites is not None and with_suites:
             self._run_suites(self.suites, adapter, weights, name, result)
         return result
@@ -98,10 +104,9 @@ class Evaluator:
         self.trainer.test(self.model, datamodule=suites, verbose=False)
         tasks = [task.name for task in suites.evaluation_tasks]
         result.examples.update(self.model.scores(tasks).examples)
-        if self.models is not None and self.trainer.is_global_zero:
-            for task, examples in result.examples.items():
-                write_examples(self.models / name / EXAMPLES / f"{task}.jsonl", examples)
-        self.trainer.strategy.barrier()
+        if self.models is not None:
+            folder = self.models / name / EXAMPLES
+            on_rank_zero(lambda: _write_examples(folder, result.examples), self.trainer)
 
     def _key(self, task: EvaluationTask, weights: str) -> str:
         parts = [
@@ -125,6 +130,11 @@ def _running_fingerprint() -> str:
     for module in (causal_lm, core_hooks, evaluation, generation, tokenization):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
+
+
+def _write_examples(folder: Path, examples: Mapping[str, Sequence[Example]]) -> None:
+    for task, values in examples.items():
+        write_examples(folder / f"{task}.jsonl", values)
 
 
 def merge_scores(parts: list[ModelScores]) -> ModelScores:

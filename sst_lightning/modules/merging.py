@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.fisher import FisherCollector
+from sst_lightning.algebra.core import Cores
 from sst_lightning.algebra.diagnostics import kept_energy_by_module, spectrum
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.fisher_file import FisherStatistics, mix
@@ -17,6 +19,7 @@ from sst_lightning.algebra.methods import AdditiveMethod, CoreMethod, MergeMetho
 from sst_lightning.algebra.streaming import FISHER_NAMES
 from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.merge import MergeModule
+from sst_lightning.modules.processes import gather, on_rank_zero
 
 
 def check_methods(
@@ -90,22 +93,26 @@ class Merger:
             What the method prepared and the problem of the last iteration.
         """
         problem = self.problem(method)
-        prepared = method.prepare(problem)
+        prepared = self._prepare(method, problem)
         for iteration in range(method.iterations):
             assert isinstance(method, CoreMethod)
             rank_zero_info(
                 f"{method.name}: utility Fisher at merge {iteration + 1} of {method.iterations}"
             )
-            self.model.merge_core = {
-                name: method.merge_core(problem.module(name, method.iteration_alpha), prepared)
-                for name in problem.space.bases
-            }
+            self.model.merge_core = on_rank_zero(
+                partial(_merge_cores, method, problem, prepared), self.trainer
+            )
             names = [name for name in self.datamodule.fisher_rows() if name != "safety"]
             at_merge = self._collect(method.estimator, dict.fromkeys(names, "merge"))
             mixture = method.utility_mixture(self.fishers(method.estimator), at_merge)
             problem = replace(problem, fisher_utility=mix(mixture))
-            prepared = method.prepare(problem)
+            prepared = self._prepare(method, problem)
         return prepared, problem
+
+    def _prepare(self, method: MergeMethod, problem: MergeProblem) -> Any:
+        # Once: an eigendecomposition on every process would take the time of all of them on a
+        # shared CPU, and may give each another result on a GPU.
+        return on_rank_zero(lambda: method.prepare(problem), self.trainer)
 
     def fishers(self, estimator: str) -> dict[str, FisherStatistics]:
         """Return F_u and F_s at their default points, collected on first use."""
@@ -129,20 +136,16 @@ class Merger:
         """Return what the report draws of a filter: kept safety energy and the GEVP spectrum."""
         if not isinstance(method, AdditiveMethod):
             return {}
-        energy = kept_energy_by_module(problem.safety, prepared, problem.fisher_safety)
-        result: dict[str, Any] = {"kept_energy": energy}
-        if problem.fisher_utility is not None and problem.fisher_safety is not None:
-            values = spectrum(problem.fisher_safety, problem.fisher_utility)
-            if values is not None:
-                result["spectrum"] = values
-        return result
+        return on_rank_zero(lambda: _diagnostics(prepared, problem), self.trainer)
 
     def _collect(self, estimator: str, points: dict[str, str]) -> dict[str, FisherStatistics]:
         output = None if self.work is None else self.work / str(self._passes)
         self._passes += 1
         if output is not None:
             collected = self._collected(output, points, estimator)
-            if collected is not None:
+            # Where one process has to collect them, all do.
+            complete = all(gather(collected is not None, self.trainer))
+            if collected is not None and complete:
                 rank_zero_info(f"{output}: Fishers of an interrupted merge are used again")
                 return collected
         collector = FisherCollector(
@@ -233,3 +236,21 @@ class Merger:
                 statistics[name] = value.streamed_to_space(self.model.space)
                 for module in statistics[name].modules:
                     statistics[name].modules[module]
+
+
+def _merge_cores(method: CoreMethod, problem: MergeProblem, prepared: Any) -> Cores:
+    """Return the merge with ``iteration_alpha``, at which the next Fisher is taken."""
+    return {
+        name: method.merge_core(problem.module(name, method.iteration_alpha), prepared)
+        for name in problem.space.bases
+    }
+
+
+def _diagnostics(prepared: Cores, problem: MergeProblem) -> dict[str, Any]:
+    energy = kept_energy_by_module(problem.safety, prepared, problem.fisher_safety)
+    result: dict[str, Any] = {"kept_energy": energy}
+    if problem.fisher_utility is not None and problem.fisher_safety is not None:
+        values = spectrum(problem.fisher_safety, problem.fisher_utility)
+        if values is not None:
+            result["spectrum"] = values
+    return result

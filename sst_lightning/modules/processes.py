@@ -1,4 +1,4 @@
-"""What processes tell each other beside gradients."""
+"""Several processes: how they start, and what they tell each other beside gradients."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,6 +7,18 @@ import torch
 from lightning.pytorch import Trainer
 
 Value = TypeVar("Value")
+
+
+def start_processes(trainer: Trainer) -> None:
+    """Start the strategy's other processes and connect them, as the Trainer's entry points do.
+
+    Lightning starts a process by running the command line again from its beginning. An entry point
+    that is made of several of Lightning's calls this after its checks and before it writes: else
+    the checks of the other processes would find what rank zero has written meanwhile.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
 
 
 def gather(own: Value, trainer: Trainer) -> list[Value]:
@@ -32,14 +44,17 @@ def on_rank_zero(function: Callable[[], Value], trainer: Trainer) -> Value:
     Raises:
         Exception: what ``function`` raised.
     """
-    result: Value | None = None
-    error: Exception | None = None
+    if trainer.world_size == 1:
+        return function()
+    outcome: tuple[Any, Exception | None] = None, None
     if trainer.is_global_zero:
         try:
-            result = function()
+            outcome = function(), None
         except Exception as raised:
-            error = raised
-    result, error = trainer.strategy.broadcast((result, error))
+            # With its traceback here; the other processes get the error alone.
+            trainer.strategy.broadcast((None, raised))
+            raise
+    result, error = trainer.strategy.broadcast(outcome)
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[no-any-return]
