@@ -11,9 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from torch import Tensor
 
 from sst_lightning.algebra.files import atomic_folder, refuse_overwrite
-from sst_lightning.modules.backbone import backbone_fingerprint, identity
+from sst_lightning.modules.backbone import identity
+from sst_lightning.modules.causal_lm import CausalLMModule
+from sst_lightning.modules.processes import on_rank_zero
+from sst_lightning.modules.strategies import full_tensors
 
 RECIPE_FILE = "training_recipe.json"
 PACKAGES = ("torch", "lightning", "transformers", "peft")
@@ -53,38 +57,49 @@ class AdapterExport(Callback):
         """Check that there is an adapter.
 
         Raises:
-            MisconfigurationException: ``pl_module.model`` is not a PEFT model.
+            MisconfigurationException: not a CausalLMModule, or its model is not a PEFT model.
         """
-        if not isinstance(getattr(pl_module, "model", None), PeftModel):
+        if not (isinstance(pl_module, CausalLMModule) and isinstance(pl_module.model, PeftModel)):
             raise MisconfigurationException(
-                f"AdapterExport needs a module whose model is a PEFT model, such as "
-                f"SupervisedLoRA; {type(pl_module).__name__}.model is not"
+                f"AdapterExport needs a CausalLMModule whose model is a PEFT model, such as "
+                f"SupervisedLoRA; {type(pl_module).__name__} is none"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, on rank zero."""
-        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        assert isinstance(pl_module, CausalLMModule)
         model = pl_module.model
         assert isinstance(model, PeftModel)
-        recipe = _recipe(trainer, pl_module, model)
+        # Every process: of a sharded adapter each has a part.
+        weights = full_tensors({name: p for name, p in model.named_parameters() if p.requires_grad})
+        on_rank_zero(lambda: self._write(trainer, pl_module, model, weights), trainer)
+
+    def _write(
+        self,
+        trainer: Trainer,
+        pl_module: CausalLMModule,
+        model: PeftModel,
+        weights: dict[str, Tensor],
+    ) -> None:
+        recipe = _recipe(trainer, pl_module)
         with atomic_folder(self.path) as folder:
             # "auto" would ask the hub about the base's vocabulary; embeddings are never trained.
-            model.save_pretrained(str(folder), save_embedding_layers=False)
+            model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
             # PEFT's model card is a form with nothing filled in.
             (folder / "README.md").unlink(missing_ok=True)
             (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
         rank_zero_info(f"Adapter written to {self.path}")
 
 
-def _recipe(trainer: Trainer, pl_module: LightningModule, model: PeftModel) -> dict[str, Any]:
+def _recipe(trainer: Trainer, pl_module: CausalLMModule) -> dict[str, Any]:
     """Return what the adapter was made from, as plain JSON values."""
     hparams = dict(pl_module.hparams)
     data: Any = getattr(trainer, "datamodule", None)
     return {
         "base_model": identity(hparams["base"]) if "base" in hparams else None,
-        "base_fingerprint": backbone_fingerprint(model),
+        "base_fingerprint": pl_module.base_fingerprint(),
         "module": type(pl_module).__name__,
         "hyperparameters": hparams,
         "data": None if data is None else type(data).__name__,

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from sst_lightning.modules.causal_lm import CausalLMModule
+from sst_lightning.modules.strategies import is_sharded
 
 
 class SampleLogger(Callback):
@@ -34,7 +35,8 @@ class SampleLogger(Callback):
         """Check that answers can be made and have somewhere to go.
 
         Raises:
-            MisconfigurationException: no TensorBoardLogger, or a module without generate_text.
+            MisconfigurationException: no TensorBoardLogger, a module without generate_text, or a
+                sharded model.
         """
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if stage != "fit" or fast_dev_run:
@@ -42,6 +44,11 @@ class SampleLogger(Callback):
         if not isinstance(pl_module, CausalLMModule):
             raise MisconfigurationException(
                 f"SampleLogger needs a CausalLMModule, not {type(pl_module).__name__}"
+            )
+        if is_sharded(pl_module):
+            raise MisconfigurationException(
+                "SampleLogger answers on rank zero alone, where a sharded model waits for the other "
+                "processes: leave it out of trainer.callbacks with trainer.strategy fsdp"
             )
         if not _writers(trainer):
             raise MisconfigurationException(

@@ -22,6 +22,7 @@ from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.optimizer import check_optimizer
+from sst_lightning.modules.strategies import check_strategy
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.modules.trainer import SSTTrainer
 
@@ -93,6 +94,7 @@ class SSTCommandLine(LightningCLI):
             SSTMergeError: the base or the data cannot be used, or an output exists.
             MisconfigurationException: the optimizer cannot run on the Trainer's device.
         """
+        check_strategy(self.trainer.strategy, stage)
         if stage == "fit" and isinstance(self.model, SupervisedLoRA):
             check_optimizer(self.model.optimizer, self.trainer.strategy.root_device)
         resolve(self.model.base)
@@ -207,6 +209,8 @@ def _quiet() -> None:
         # They are the same.
         ".*LightningCLI's args parameter is intended to run from within Python.*",
         ".*_register_pytree_node.*",
+        # What is logged is that of all processes already.
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*Checkpoint directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -16,12 +17,14 @@ from sst_lightning.modules.backbone import (
     Attention,
     Dtype,
     Quantization,
+    backbone_fingerprint,
     load_backbone,
     load_tokenizer,
 )
 from sst_lightning.modules.generation import Answer, can_hide, continue_prompts, stop_tokens
 from sst_lightning.modules.head_nll import token_nll
 from sst_lightning.modules.plain_head import check_plain_head
+from sst_lightning.modules.strategies import check_strategy, is_sharded, shard
 
 Batch = Mapping[str, Any]
 
@@ -54,6 +57,7 @@ class CausalLMModule(LightningModule):
         self.quantization = quantization
         self.model: PreTrainedModel | PeftModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._base_fingerprint: str | None = None
         self._validation_nll = nn.ModuleList()
 
     @property
@@ -62,6 +66,14 @@ class CausalLMModule(LightningModule):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.base)
         return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that the stage cannot run under.
+
+        Raises:
+            MisconfigurationException: names strategy, stage and remedy.
+        """
+        check_strategy(self.trainer.strategy, stage)
 
     def configure_model(self) -> None:
         """Load the model once, in the Trainer's entry point (or call it yourself without one).
@@ -73,6 +85,12 @@ class CausalLMModule(LightningModule):
         if self.model is None:
             model = self.build_model()
             check_plain_head(self.causal_lm(model))
+            if is_sharded(self):
+                # Of whole weights: what a process holds of them later depends on their number.
+                self._base_fingerprint = backbone_fingerprint(model)
+                assert self.device_mesh is not None
+                mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
+                shard(self.causal_lm(model), mesh, device)
             self.model = model
 
     def build_model(self) -> PreTrainedModel | PeftModel:
@@ -80,12 +98,26 @@ class CausalLMModule(LightningModule):
         return self.load_base()
 
     def load_base(self) -> PreTrainedModel:
-        """Load the frozen base on this process's device."""
+        """Load the frozen base on this process's device, or on the CPU if it will be sharded."""
         trainer = self._trainer
         device = trainer.strategy.root_device if trainer is not None else self.device
+        if is_sharded(self):
+            if self.quantization is not None:
+                raise MisconfigurationException(
+                    "trainer.strategy fsdp cannot shard 4-bit weights: use ddp with "
+                    "model.quantization: nf4, or fsdp without it"
+                )
+            device = torch.device("cpu")
         return load_backbone(
             self.base, self.dtype_name, self.attention, self.quantization, device=device
         )
+
+    def base_fingerprint(self) -> str:
+        """Hash of the base model (computed once)."""
+        if self._base_fingerprint is None:
+            assert self.model is not None, "configure_model has not run"
+            self._base_fingerprint = backbone_fingerprint(self.model)
+        return self._base_fingerprint
 
     @staticmethod
     def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from sst_lightning.algebra.adapter import LoraAdapter, LoraFactors
 from sst_lightning.modules.core_hooks import PEFT_PREFIX
+from sst_lightning.modules.strategies import full_tensor
 
 
 def live_adapter(model: PeftModel, base_model: str | None = None) -> LoraAdapter:
-    """Copy the weights of the active adapter.
+    """Copy the weights of the active adapter; if it is sharded, every process must call it.
 
     Args:
         model: PEFT model with one active LoRA adapter.
@@ -29,5 +30,5 @@ def live_adapter(model: PeftModel, base_model: str | None = None) -> LoraAdapter
 
 
 def _copy(linear: Any) -> Tensor:
-    weight: Tensor = linear.weight
-    return weight.detach().float().cpu().clone()
+    weight: Tensor = full_tensor(linear.weight.detach())
+    return weight.float().cpu().clone()

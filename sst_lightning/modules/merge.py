@@ -16,7 +16,6 @@ from sst_lightning.modules.backbone import (
     Dtype,
     Quantization,
     Storage,
-    backbone_fingerprint,
     identity,
 )
 from sst_lightning.modules.base_check import check_base_name, check_shapes
@@ -93,7 +92,6 @@ class MergeModule(EvaluationModule):
         self.safety_core = self.space.encode(self.safety_adapter)
         self.merge_core: Cores | None = None
         self._injector: CoreInjector | None = None
-        self._fingerprint: str | None = None
 
     @property
     def storage(self) -> Storage:
@@ -110,7 +108,7 @@ class MergeModule(EvaluationModule):
             return
         if self._injector is not None:
             self._injector.remove()
-        self._injector = self._fingerprint = self.model = None
+        self._injector = self._base_fingerprint = self.model = None
         # The last test pass: its caches of prompts hold the model.
         self.suites = self.output_store = None
         gc.collect()
@@ -192,13 +190,6 @@ class MergeModule(EvaluationModule):
         if self._injector is None:
             raise SSTMergeError("the base model is not loaded yet: call configure_model() first")
         return InjectedCapture(self._injector, receive)
-
-    def base_fingerprint(self) -> str:
-        """Hash of the base model (computed once)."""
-        if self._fingerprint is None:
-            assert self.model is not None
-            self._fingerprint = backbone_fingerprint(self.model)
-        return self._fingerprint
 
     def point_label(self, point: str) -> str:
         """Name a point so that Fishers of differently weighted utility merges are told apart."""

@@ -19,7 +19,6 @@ from sst_lightning.modules.backbone import (
     Attention,
     Dtype,
     Quantization,
-    backbone_fingerprint,
     identity,
 )
 from sst_lightning.modules.causal_lm import Batch, CausalLMModule, completion_nll
@@ -287,7 +286,7 @@ class SupervisedLoRA(CausalLMModule):
                 f"{len(broken)} LoRA weights are not finite after step {self.global_step}, the first "
                 f"in {broken[0]}: lower learning_rate, and go on from the last checkpoint"
             )
-        checkpoint["base_fingerprint"] = backbone_fingerprint(self.model)
+        checkpoint["base_fingerprint"] = self.base_fingerprint()
         if self.trainer.state.fn == TrainerFn.FITTING:
             rewind_to_optimizer_step(checkpoint, self.trainer)
 
@@ -319,7 +318,7 @@ class SupervisedLoRA(CausalLMModule):
                     f"the checkpoint was made with another r or another base: '{name}' is "
                     f"{tuple(saved[name].shape)} in it and {tuple(shape)} in the model"
                 )
-        if checkpoint.get("base_fingerprint") != backbone_fingerprint(self.model):
+        if checkpoint.get("base_fingerprint") != self.base_fingerprint():
             raise MisconfigurationException(
                 f"the checkpoint was made on another base model than {self.base} as it is loaded "
                 "now (other weights, or another quantization)"
@@ -359,7 +358,7 @@ class SupervisedLoRA(CausalLMModule):
         fingerprint = self._live_adapter().fingerprint
         return {
             "base_model": identity(self.base),
-            "base_fingerprint": backbone_fingerprint(self.model),
+            "base_fingerprint": self.base_fingerprint(),
             "adapter_fingerprints": [fingerprint],
             "point": point,
             "point_fingerprint": fingerprint,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jsonargparse import lazy_instance
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sst_lightning.algebra.errors import SSTMergeError
@@ -21,6 +22,8 @@ from sst_lightning.modules.comparison import RESULTS, Comparison
 from sst_lightning.modules.interruption import StopOnSignal
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import check_methods
+from sst_lightning.modules.processes import start_processes
+from sst_lightning.modules.strategies import check_strategy, named_strategy
 from sst_lightning.modules.verification import NothingMerged
 from sst_lightning.report.report import budget_outcome
 from sst_lightning.suites.datamodule import SuiteData
@@ -29,14 +32,18 @@ DEFAULT_ALPHAS = [0.5, 1.0, 2.0, 3.5]
 
 
 class SSTTrainer(Trainer):
-    """Lightning's Trainer plus ``merge`` and ``compare``.
+    """Lightning's Trainer plus ``merge``, ``compare`` and a strategy ``fsdp`` that is FSDP2.
 
     It ends at SIGTERM and Ctrl-C where a run can be continued (:class:`StopOnSignal`), and writes and
-    reads checkpoints with :class:`AtomicCheckpointIO`. For the arguments see Lightning's.
+    reads checkpoints with :class:`AtomicCheckpointIO`.
+
+    Args:
+        strategy: Lightning's argument; ``fsdp`` means :class:`FullyShardedStrategy`.
+        kwargs: all other arguments of Lightning's Trainer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, strategy: str | Strategy = "auto", **kwargs: Any) -> None:
+        super().__init__(strategy=named_strategy(strategy), **kwargs)
         # After the checkpoint callbacks: what a batch leaves to save is saved first.
         self.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -104,6 +111,8 @@ class SSTTrainer(Trainer):
         candidates = variants(method, search)
         check_methods(model, [(item, [1.0 if alpha is None else alpha]) for item in candidates])
         _refuse_results(Path(output), overwrite)
+        check_strategy(self.strategy, "merge")
+        start_processes(self)
         comparison = Comparison(self, model, datamodule, Path(output), fisher=fisher, suites=suites)
         if max_utility_drop is not None:
             budget = Budget(self, model, datamodule, comparison.prepare, max_utility_drop, rule)
@@ -164,6 +173,8 @@ class SSTTrainer(Trainer):
             _check_alphas([alpha for alpha in grid if alpha is not None])
         check_methods(model, grids)
         _refuse_results(Path(output), overwrite)
+        check_strategy(self.strategy, "compare")
+        start_processes(self)
         comparison = Comparison(
             self,
             model,
