@@ -19,8 +19,9 @@ ours alone. All use the same loss, with the head at labelled positions only. Wha
 (loading, fingerprints, eigendecompositions) is not in it. Ratios are medians over rounds of the
 ratio within a round, of wall time and of CPU time; the last line is one JSON object.
 
-The two packages are needed in a virtual environment of their own or in this one:
+The two packages go into this project's virtual environment or, better, another one like it:
 pip install --constraint constraints.txt kronfluence==1.0.1 dattri-llm==0.1.0
+pip uninstall torchvision    # kronfluence asks for it; one that does not fit torch breaks imports
 """
 
 import argparse

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,37 @@ def test_llama_8b_slice(tmp_path, monkeypatch, capsys):
         assert entry["measured_32"] == entry["measured_1"]
         assert entry["predicted_layer"] > 0
         assert entry["predicted_32"] > entry["predicted_2"] > entry["predicted_1"]
+
+
+def test_fisher_overhead(tmp_path, monkeypatch, capsys):
+    """With the other two packages where they are installed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fisher_overhead")
+    installed = all(find_spec(name) for name in benchmark.PACKAGES)
+    options = [f"--model={save_nano(tmp_path / 'nano')}", "--dtype=float32", "--rank=2"]
+    options += ["--sequences=4", "--batch_size=2", "--rounds=1"]
+    options += [] if installed else ["--ours_only"]
+    monkeypatch.setattr(sys, "argv", ["fisher_overhead.py", *options])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = ["overhead_exact", "overhead_kfac"]
+    names += ["speedup_vs_kronfluence", "speedup_vs_dattri"] if installed else []
+    for name in names:
+        assert summary[name] > 0
+    if not installed:
+        monkeypatch.setattr(sys, "argv", ["fisher_overhead.py", *options[:-1]])
+        benchmark.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert "skipped" in json.loads(lines[-1])
+        assert "pip install" in lines[-2]
+
+
+def test_fisher_memory(tmp_path, monkeypatch, capsys):
+    """In this process: what was most before hides a peak, so only the way is tested."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("fisher_memory")
+    for case in ("memory", "disk"):
+        options = ["--sequences=20", "--modules=2", "--core=4", "--block_samples=8", "--run", case]
+        monkeypatch.setattr(sys, "argv", ["fisher_memory.py", *options])
+        benchmark.main()
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["gib"] >= 0

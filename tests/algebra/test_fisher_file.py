@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,13 @@ from safetensors.torch import save_file
 from sst_lightning.algebra.core import CoreBasis, CoreSpace
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.fisher import ExactFisher
-from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, mix
+from sst_lightning.algebra.fisher_file import (
+    FisherMetadata,
+    FisherStatistics,
+    mix,
+    write_samples,
+)
+from sst_lightning.algebra.tensor_file import TensorFile
 from tests.algebra.builders import (
     random_core,
     random_diagonal,
@@ -188,3 +195,41 @@ def test_fisher_of_another_core_space_is_refused():
     for adapters, message in others:
         with pytest.raises(FisherError, match=rf"utility\.safetensors: .*{message}"):
             original.to_space(CoreSpace.from_adapters(adapters))
+
+
+def test_samples_are_written_one_module_after_the_other(tmp_path):
+    original = statistics()
+    taken = [1, 4, 5, 7, 9]
+    metadata = replace(original.metadata, available=12, stopped="max_samples", sequences=taken)
+    seen = []
+
+    def estimates():
+        for name, fisher in original.modules.items():
+            seen.append(name)
+            yield name, fisher
+
+    write_samples(tmp_path / "f.safetensors", original.space, metadata, estimates())
+    again = FisherStatistics.open(tmp_path / "f.safetensors")
+    assert seen == list(original.modules)
+    assert again.metadata == metadata
+    for name, fisher in original.modules.items():
+        assert torch.equal(again.modules[name].samples, fisher.samples)
+        assert again.modules[name].numbers().tolist() == taken
+        assert torch.equal(again.space.bases[name].q_out, original.space.bases[name].q_out)
+        torch.testing.assert_close(again.modules[name].dense(), fisher.dense(), rtol=0, atol=0)
+
+
+def test_a_file_from_before_samples_could_be_fewer_is_read(tmp_path):
+    path, original = tmp_path / "utility.safetensors", statistics()
+    original.save(path)
+    file = TensorFile(path)
+    old = {
+        key: value
+        for key, value in json.loads(file.metadata["metadata"]).items()
+        if key not in ("point_fingerprint", "available", "stopped", "similarity", "sequences")
+    }
+    tensors = {name: file.read(name) for name in file.shapes}
+    save_file(tensors, path, metadata={**file.metadata, "metadata": json.dumps(old)})
+    again = FisherStatistics.load(path)
+    assert again.metadata == original.metadata
+    again.check_matches("base", again.metadata.adapter_fingerprints, "utility [1.0]", "rows", 5)
