@@ -145,7 +145,8 @@ def _open_base(
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     inner = model.get_input_embeddings()
     embeddings = next(n for n, m in model.named_modules() if m is inner)
-    tied = f"{embeddings}.weight" if config.get("tie_word_embeddings") else None
+    # Of the architecture: its default is not written to config.json.
+    tied = f"{embeddings}.weight" if model.config.tie_word_embeddings else None
     quantised: set[str] = set()
     if quantization is not None:
         quantised = quantised_modules(model, nf4_config(quantization, DTYPES[dtype]))

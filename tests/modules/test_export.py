@@ -10,14 +10,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from sst_lightning.algebra.errors import BackboneError, OutputExistsError, SSTMergeError
 from sst_lightning.modules.backbone import load_backbone
 from sst_lightning.modules.export import export_weights
 from sst_lightning.report.export_summary import export_summary
 from tests.cli.commands import files, run
-from tests.nano import nano_model, nano_tokenizer, random_batch, save_nano
+from tests.nano import VOCABULARY, nano_model, nano_tokenizer, random_batch, save_nano
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = random_batch([(6, 5), (3, 9)])
@@ -199,6 +199,25 @@ def test_an_adapter_on_the_output_layer_unties_it(tmp_path, tied):
     before = nano_model(tie_word_embeddings=tied).model.embed_tokens.weight
     assert torch.equal(exported.model.embed_tokens.weight, before)
     assert any("no longer tied" in line for line in export_summary(record)) is tied
+
+
+def test_an_architecture_that_ties_by_default_is_untied_too(tmp_path):
+    """Its config.json need not say that it ties."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path / "gemma"
+    GemmaForCausalLM(GemmaConfig(vocab_size=len(VOCABULARY), **size, **heads)).save_pretrained(
+        folder
+    )
+    nano_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = save_adapter(str(folder), tmp_path / "adapter", ["lm_head"], rank_pattern={})
+    record = export_weights(str(folder), adapter, tmp_path / "full", "float32")
+    assert record["untied_output_layer"]
+    expected = logits(with_peft(str(folder), adapter))
+    torch.testing.assert_close(logits(plain(tmp_path / "full")), expected, atol=1e-4, rtol=0)
 
 
 def test_nothing_but_an_export_is_replaced(nano, adapter, tmp_path):
