@@ -123,6 +123,9 @@ def test_fishers(folder, path, processes):
     for name, fisher in one.modules.items():
         expected = fisher.dense()
         assert (two.modules[name].dense() - expected).norm() < 1e-4 * expected.norm(), name
+        # Also in the same order: the report's spectrum is fitted on every other sequence.
+        samples, others = fisher.samples, two.modules[name].samples
+        assert (others - samples).norm() < 1e-4 * samples.norm(), name
 
 
 def test_generalised_eigenvalues(folder):
@@ -151,6 +154,10 @@ def test_metrics(folder, path):
         for name, entry in expected["metrics"].items():
             assert record["metrics"][name]["n"] == entry["n"], name
             assert record["metrics"][name]["value"] == pytest.approx(entry["value"], abs=1e-5), name
+        spectrum = expected.get("diagnostics", {}).get("spectrum", {})
+        assert ("sst" in record["method"] and path == "compare") == bool(spectrum)
+        for part, values in spectrum.items():
+            assert record["diagnostics"]["spectrum"][part] == pytest.approx(values, rel=1e-3), part
 
 
 def test_sharded_exit_codes(notes):
