@@ -60,6 +60,7 @@ def make_optimizer(
     parameters: Sequence[Parameter],
     learning_rate: float,
     weight_decay: float,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Return AdamW with decoupled weight decay (Loshchilov and Hutter 2019).
 
@@ -73,9 +74,13 @@ def make_optimizer(
         parameters: trained weights.
         learning_rate: step size.
         weight_decay: decoupled weight decay.
+        fused: one kernel for an update of ``adamw``, which takes a third of the time on the CPU; its
+            gradients cannot be clipped where they are scaled (precision 16-mixed).
     """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused
+        )
     from bitsandbytes import optim
 
     kind = optim.PagedAdamW8bit if name == "paged_adamw_8bit" else optim.AdamW8bit

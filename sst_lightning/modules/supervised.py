@@ -260,7 +260,11 @@ class SupervisedLoRA(CausalLMModule):
             )
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = make_optimizer(
-            self.optimizer, parameters, self.learning_rate, self.weight_decay
+            self.optimizer,
+            parameters,
+            self.learning_rate,
+            self.weight_decay,
+            fused=self.trainer.scaler is None,
         )
         schedule = warmup_then_decay(int(steps), self.warmup_ratio, self.decay)
         return {

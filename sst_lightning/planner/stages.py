@@ -198,13 +198,12 @@ class _Planner:
         if job.processes > 1:
             standing.append(Term("DDP's buckets of gradients", size))
         gradients = Term("gradients of the adapter", size)
-        update = [Term("update of all tensors at once", size)] if job.accelerator == "gpu" else []
         # Between updates the driver moves it out where the device is full.
         outside = [Term("optimizer state, paged out", paged, "host")] if paged else []
         inside = [Term("optimizer state, paged in", paged)] if paged else []
         phases = [
             _phase("training step", [*standing, *outside], training_step(self.model, job)),
-            Phase("optimizer step", (*standing, *inside, gradients, *update)),
+            Phase("optimizer step", (*standing, *inside, gradients)),
         ]
         disk = [Term("adapter", size, "disk")]
         if job.checkpoints:

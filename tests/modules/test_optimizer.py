@@ -1,6 +1,7 @@
 """Oracles: AdamW written out, an uninterrupted run, and the checkpoint file itself."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +22,16 @@ def nano(tmp_path_factory):
     return str(save_nano(tmp_path_factory.mktemp("models") / "nano"))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("adamw", 32), ("adamw_8bit", 8)])
-def test_steps_are_those_of_adamw_and_the_state_has_its_size(name, bits):
+@pytest.mark.parametrize(
+    ("name", "fused", "bits"),
+    [("adamw", False, 32), ("adamw", True, 32), ("adamw_8bit", False, 8)],
+)
+def test_steps_are_those_of_adamw_and_the_state_has_its_size(name, fused, bits):
     """A matrix that is quantised and one that is not, against the update written out."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in (LARGE, SMALL)]
     parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    optimizer = make_optimizer(name, parameters, learning_rate=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(name, parameters, 1e-2, weight_decay=0.1, fused=fused)
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     for step in range(1, 4):
         for index, parameter in enumerate(parameters):
@@ -50,6 +54,17 @@ def test_steps_are_those_of_adamw_and_the_state_has_its_size(name, bits):
     }
     assert moments[LARGE].element_size() == bits // 8
     assert moments[SMALL].element_size() == 4
+
+
+@pytest.mark.parametrize(("scaler", "fused"), [(None, True), (object(), False)])
+def test_adamw_is_fused_unless_gradients_are_scaled(nano, scaler, fused):
+    """With a scaler Lightning refuses to clip the gradients of a fused optimizer."""
+    module = module_for(nano)
+    module.configure_model()
+    trainer = SimpleNamespace(estimated_stepping_batches=4, scaler=scaler)
+    module.__dict__["_trainer"] = trainer
+    configured = module.configure_optimizers()
+    assert configured["optimizer"].defaults["fused"] is fused
 
 
 def test_the_qlora_optimizer_is_paged():
