@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sst_lightning.algebra.methods import METHODS
 from sst_lightning.cli.main import main as command_line
@@ -235,3 +237,76 @@ def test_fisher_memory(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["fisher_memory.py", *options])
         benchmark.main()
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["gib"] >= 0
+
+
+def test_gpu_check_is_skipped_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("gpu_check")
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", f"--folder={tmp_path / 'new'}"])
+    benchmark.main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"skipped": "no CUDA GPU"}
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_gpu_check_on_the_cpu(tmp_path, monkeypatch, capsys):
+    """In this process, and one process compared with itself: DDP's own tests start several."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("gpu_check")
+    stages = []
+
+    def start(arguments):
+        stages.append(arguments[0])
+        return json.loads(json.dumps(benchmark.run_stage(arguments)))
+
+    monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(import_module("plan_vs_measured"), "python", captured)
+    model = save_nano(tmp_path / "nano")
+    options = [f"--folder={tmp_path / 'runs'}", f"--model={model}", "--device=cpu", "--tokens=48"]
+    options += ["--rows=8", "--samples=3", "--batch_size=4"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *options])
+    benchmark.main()
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert stages == 2 * ["fit", "fit", "validate", "merge", "test"]
+    for storage in benchmark.STORAGES:
+        assert list(summary[storage]) == ["fit", "fit, safety", "validate", "merge", "test"]
+        assert summary[storage]["fit"]["tokens_per_second"] > 0
+        for figures in summary[storage].values():
+            assert figures["resident"] > 0
+            assert figures["predicted"] > 0
+
+    check = benchmark.Check(Namespace(folder=tmp_path / "runs", rows=8))
+    for stage in benchmark.STAGES:
+        name = "fit-utility" if stage == "fit" else stage
+        path = tmp_path / "runs" / f"bfloat16-{name}.yaml"
+        divided = check.with_processes(path, 2).read_text()
+        assert "strategy: ddp" in divided
+        assert "\n    batch_size: 2\n" in divided
+        start([stage, f"--config={check.with_processes(path, 1)}"])
+    one, other = tmp_path / "runs" / "processes-1", tmp_path / "runs" / "other"
+    shutil.copytree(one, other)
+    assert set(benchmark.differences(one, other).values()) == {0}
+
+    (fisher, *_) = sorted((other / "fisher").glob("*.safetensors"))
+    tensors = load_file(fisher)
+    name = next(name for name, tensor in tensors.items() if tensor.norm() > 0)
+    save_file({**tensors, name: 1.5 * tensors[name]}, fisher)
+    adapter = other / "merge" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(adapter)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: 1.25 * tensors[name]}, adapter)
+    losses = other / "log" / "utility" / "metrics.csv"
+    with losses.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    with losses.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows({**line, "train_loss": float(line["train_loss"]) + 2} for line in lines)
+    found = benchmark.differences(one, other)
+    assert found == {
+        "loss": pytest.approx(2),
+        "fisher": pytest.approx(0.5),
+        "merged_adapter": pytest.approx(0.25, rel=1e-3),
+        "metrics": 0,
+    }
