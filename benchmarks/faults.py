@@ -136,13 +136,27 @@ class Bench:
 
     def merge(self, name: str, *more: str, **fault: object) -> dict[str, object]:
         callbacks = json.dumps([{"class_path": "faults.Fault", "init_args": fault}])
+        own = {
+            name: {
+                "class_path": "sst_lightning.suites.HeldOut",
+                "init_args": {
+                    "data": {"class_path": f"sst_lightning.data.{data}"},
+                    "samples": self.options.samples,
+                    "max_new_tokens": 8,
+                },
+            }
+            for name, data in (("attacks", "Security"), ("alpaca", "Alpaca"))
+        }
+        suites = {
+            "class_path": "sst_lightning.suites.SuiteData",
+            "init_args": {"suites": own, "max_batch": 2},
+        }
         samples = ("calibration", "test", "generation", "attack", "harmless")
         return self.run(
             name,
             [
                 *("merge", f"--config={ROOT / 'configs' / 'merge_own.yaml'}"),
-                f"--suites={ROOT / 'configs' / 'eval' / 'minimal.yaml'}",
-                *("--suites.init_args.max_batch=4", "--method=task_arithmetic"),
+                *(f"--suites={json.dumps(suites)}", "--method=task_arithmetic"),
                 *(f"--model.base={self.options.model}", "--output=out"),
                 f"--model.utility=[{self.folder}/calm/adapter]",
                 f"--model.safety={self.folder}/other/adapter",
@@ -299,7 +313,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of an epoch / 2")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--test_batch", type=int, default=30)
+    parser.add_argument("--test_batch", type=int, default=16)
     parser.add_argument("--disk", type=int, default=400, help="MiB of the disk that gets full")
     parser.add_argument("--only", choices=["fit", "processes", "merge"], nargs="*")
     parser.add_argument("--write", type=Path, help="file whose table is replaced")

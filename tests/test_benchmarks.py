@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from argparse import Namespace
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sst_lightning.algebra.methods import METHODS
 from sst_lightning.cli.main import main as command_line
+from tests.faults.processes import run_child
 from tests.nano import save_nano
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -310,3 +312,29 @@ def test_gpu_check_on_the_cpu(tmp_path, monkeypatch, capsys):
         "merged_adapter": pytest.approx(0.25, rel=1e-3),
         "metrics": 0,
     }
+
+
+@pytest.mark.slow
+def test_faults(tmp_path, monkeypatch, capsys):
+    """The rows of an evaluation; forked children in the place of processes that import all again."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("faults")
+
+    def run(self, name, arguments):
+        start = time.time()
+        ended = run_child(self.folder / name, arguments)
+        began = self.folder / name / "began"
+        first = float(began.read_text()) - start
+        began.unlink()
+        return {"code": ended.code, "first": first, "seconds": time.time() - start}
+
+    monkeypatch.setattr(benchmark.Bench, "run", run)
+    options = [f"--model={save_nano(tmp_path / 'nano')}", "--steps=1", "--rank=2"]
+    options += ["--only", "merge", "--length=120", "--samples=2", "--test_batch=6"]
+    monkeypatch.setattr(sys, "argv", ["faults.py", *options])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    summary = json.loads(lines[-1])
+    assert summary["faults"] == 2
+    assert summary["lost"] == summary["zero_exits"] == 0
+    assert any("SIGKILL in an evaluation" in line and "| 137 | nothing |" in line for line in lines)
