@@ -1,68 +1,32 @@
 """Fisher collection during validation passes."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 from sst_lightning.algebra.accumulators import Estimator
-from sst_lightning.algebra.core import CoreSpace
-from sst_lightning.algebra.eigenspace import EigenspaceMonitor
 from sst_lightning.algebra.errors import FisherError
 from sst_lightning.algebra.files import refuse_overwrite
-from sst_lightning.algebra.fisher_blocks import GIBIBYTE, BlockStore, remove_blocks
-from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, write_samples
-from sst_lightning.algebra.lazy import LazyMapping
-from sst_lightning.data.random_blocks import RandomBlocks
-from sst_lightning.modules.core_hooks import EmbeddingLeaf, GradientCapture, Receiver
+from sst_lightning.algebra.fisher_file import FisherStatistics
+from sst_lightning.modules.calibration_set import CalibrationSet
+from sst_lightning.modules.collection_limits import CollectionLimits
+from sst_lightning.modules.core_hooks import EmbeddingLeaf, GradientCapture
 from sst_lightning.modules.fisher_collection import FisherCollection
+from sst_lightning.modules.fisher_module import FisherModule
 
 DEFAULT_POINTS = {"utility": "utility", "harmless": "utility", "safety": "safety"}
-
-KEEPS_GRADIENTS = ("exact", "ekfac")
-"""Estimators that keep every sequence's gradient until the end."""
 
 UNFINISHED = "unfinished"
 """Folder of blocks in the output; it is gone when the Fisher files are complete."""
 
 COMPLETE = "complete"
 """File among the blocks when all are there and the Fisher files are being written."""
-
-BLOCK_SHARE = 0.25
-"""Part of the memory budget that one block may take: others are being joined or written."""
-
-
-@runtime_checkable
-class FisherModule(Protocol):
-    """What a LightningModule offers so that :class:`FisherCollector` can work on it."""
-
-    model: nn.Module | None
-
-    def core_space(self) -> CoreSpace:
-        """Return the core space that gradients are taken in."""
-        ...
-
-    def move_to_point(self, point: str) -> None:
-        """Put the adapters' weights at the named point (or check that they are there)."""
-        ...
-
-    def gradient_capture(self, space: CoreSpace, receive: Receiver) -> GradientCapture:
-        """Return what hands the core gradients of each module to ``receive``."""
-        ...
-
-    def fisher_metadata(self, point: str) -> dict[str, Any]:
-        """Return base_model, base_fingerprint, adapter_fingerprints, the point's full name and the
-        hash of its weights, point_fingerprint.
-        """
-        ...
 
 
 class FisherCollector(Callback):
@@ -74,9 +38,9 @@ class FisherCollector(Callback):
     ``during_fit=True``, in the validation passes of ``fit``; ``trainer.fit``'s own gradients and
     weights are untouched.
 
-    Needs ``Trainer(inference_mode=False)``, a module with the methods of :class:`FisherModule`
-    whose ``validation_step`` returns ``{"sequence_nll": (B,)}``, and a datamodule with
-    ``validation_names`` (one per dataloader).
+    Needs ``Trainer(inference_mode=False)``, a module with the methods of
+    :class:`~sst_lightning.modules.fisher_module.FisherModule` whose ``validation_step`` returns
+    ``{"sequence_nll": (B,)}``, and a datamodule with ``validation_names`` (one per dataloader).
 
     Gradients are kept in blocks (:mod:`~sst_lightning.algebra.fisher_blocks`). With an ``output``
     every complete block is written there, so that a collection that is killed goes on with its next
@@ -125,40 +89,19 @@ class FisherCollector(Callback):
         block_samples: int = 64,
         memory_budget_gib: float = 4.0,
     ) -> None:
-        if max_samples is not None and max_samples < 1:
-            raise MisconfigurationException(
-                f"FisherCollector.max_samples must be at least 1, got {max_samples}"
-            )
-        if stop_similarity is not None:
-            if not 0 < stop_similarity < 1:
-                raise MisconfigurationException(
-                    f"FisherCollector.stop_similarity must be between 0 and 1, got {stop_similarity}"
-                )
-            if estimator not in KEEPS_GRADIENTS:
-                raise MisconfigurationException(
-                    f"FisherCollector.stop_similarity looks at gradients, which estimator "
-                    f"'{estimator}' does not keep: use {' or '.join(KEEPS_GRADIENTS)}, or max_samples"
-                )
-        if block_samples < 1 or not memory_budget_gib > 0:
-            raise MisconfigurationException(
-                "FisherCollector.block_samples and memory_budget_gib must be positive, got "
-                f"{block_samples} and {memory_budget_gib}"
-            )
+        self.limits = CollectionLimits(
+            estimator, max_samples, stop_similarity, block_samples, memory_budget_gib
+        )
         self.points = dict(DEFAULT_POINTS if points is None else points)
         self._default_points = points is None
-        self.estimator = estimator
         self.output = None if output is None else Path(output)
         self.during_fit = during_fit
         self.overwrite = overwrite
-        self.max_samples = max_samples
-        self.stop_similarity = stop_similarity
-        self.block_samples = block_samples
-        self.memory_budget_gib = memory_budget_gib
         self.statistics: dict[str, FisherStatistics] = {}
         self._collections: dict[str, FisherCollection] = {}
         self._capture: GradientCapture | None = None
         self._leaf: EmbeddingLeaf | None = None
-        self._space: CoreSpace | None = None
+        self._sets: dict[str, CalibrationSet] = {}
         self._current: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,7 +110,7 @@ class FisherCollector(Callback):
         self.check(trainer, pl_module, data, stage)
         if not self._collects(trainer, stage):
             return
-        random = self.max_samples is not None or self.stop_similarity is not None
+        random = self.limits.wants_random_order
         if random and not hasattr(data, "random_blocks"):
             raise MisconfigurationException(
                 f"{type(data).__name__} cannot give its rows in random order (random_blocks), which "
@@ -175,12 +118,7 @@ class FisherCollector(Callback):
             )
         if hasattr(data, "random_blocks"):
             assert data is not None
-            size = self._block_batches(trainer, data.batch_size) * data.batch_size
-            # Without checks in between a sample is sorted by length as a whole.
-            blocks = RandomBlocks(
-                size * trainer.world_size if self.stop_similarity else self.max_samples or 1,
-                self.max_samples,
-            )
+            blocks = self.limits.random_blocks(data.batch_size, trainer.world_size)
             data.random_blocks = dict.fromkeys(self.points, blocks) if random else {}
 
     def check(self, trainer: Trainer, pl_module: LightningModule, data: Any, stage: str) -> None:
@@ -237,12 +175,19 @@ class FisherCollector(Callback):
             return
         assert isinstance(pl_module, FisherModule)
         assert pl_module.model is not None
-        self._space = pl_module.core_space()
-        self._collections = {}
-        for index, name in enumerate(trainer.datamodule.validation_names):  # type: ignore[attr-defined]
-            if name in self.points:
-                self._collections[name] = self._open(trainer, pl_module, name, index)
-        self._capture = pl_module.gradient_capture(self._space, self._receive)
+        space = pl_module.core_space()
+        self._sets = {
+            name: CalibrationSet(
+                trainer, name, pl_module.fisher_metadata(self.points[name]), space, self.limits
+            )
+            for name in trainer.datamodule.validation_names  # type: ignore[attr-defined]
+            if name in self.points
+        }
+        work = None if self.output is None else self.output / UNFINISHED
+        self._collections = {
+            name: own.open(work and work / name, self.overwrite) for name, own in self._sets.items()
+        }
+        self._capture = pl_module.gradient_capture(space, self._receive)
         self._leaf = EmbeddingLeaf(pl_module.model)
 
     def on_validation_batch_start(
@@ -326,7 +271,9 @@ class FisherCollector(Callback):
             marker.touch()
         for name in self.points:
             try:
-                self.statistics[name] = self._finish(trainer, pl_module, name)
+                self.statistics[name] = self._sets[name].finish(
+                    self._collections[name], None if self.output is None else self._file(name)
+                )
             except FisherError as error:
                 raise FisherError(f"Fisher of '{name}': {error}") from error
         trainer.strategy.barrier()
@@ -338,7 +285,7 @@ class FisherCollector(Callback):
         trainer.strategy.barrier()
         if self.output is not None and trainer.local_rank == 0:
             remove_empty(self.output / UNFINISHED)
-        self._collections = {}
+        self._collections, self._sets = {}, {}
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -351,130 +298,6 @@ class FisherCollector(Callback):
     def _receive(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
         assert self._current is not None
         self._collections[self._current].update(name, inputs, gradients)
-
-    def _open(
-        self, trainer: Trainer, pl_module: LightningModule, name: str, index: int
-    ) -> FisherCollection:
-        """Open a set's collection, where an interrupted one stopped."""
-        assert isinstance(pl_module, FisherModule)
-        assert self._space is not None
-        order = _order(trainer, index)
-        batch_size = max(map(len, order), default=1)
-        block_batches = self._block_batches(trainer, batch_size)
-        identity = {
-            **pl_module.fisher_metadata(self.points[name]),
-            "data_name": name,
-            "data_fingerprint": trainer.datamodule.validation_fingerprint(name),  # type: ignore[attr-defined]
-            "estimator": self.estimator,
-            "precision": f"{trainer.precision} {next(pl_module.parameters()).dtype}",
-            "order of the rows": hashlib.sha256(json.dumps(order).encode()).hexdigest(),
-            "number of batches in a block": block_batches,
-        }
-        folder = None if self.output is None else self.output / UNFINISHED / name
-
-        def store() -> BlockStore:
-            rank, budget = trainer.global_rank, self.memory_budget_gib
-            return BlockStore(folder, identity, rank, budget)
-
-        try:
-            blocks = store()
-        except FisherError as error:
-            # In fit a pass that was interrupted was at other weights than this one.
-            if not self.overwrite and trainer.state.fn != "fit":
-                raise
-            rank_zero_warn(f"{error}. It is dropped, as FisherCollector.overwrite says")
-            assert folder is not None
-            remove_blocks(folder, trainer.global_rank)
-            blocks = store()
-        monitor = None if self.stop_similarity is None else EigenspaceMonitor(self.stop_similarity)
-        collection = FisherCollection(
-            list(self._space.bases),
-            self.estimator,
-            order,
-            block_batches,
-            blocks,
-            monitor,
-            trainer.strategy.root_device,
-        )
-        if collection.resumed:
-            rank_zero_info(
-                f"Fisher of '{name}': {collection.resumed} of {len(order)} batches are there from "
-                "an interrupted run"
-            )
-        return collection
-
-    def _block_batches(self, trainer: Trainer, batch_size: int) -> int:
-        """Return the number of batches of this process in a block.
-
-        Raises:
-            MisconfigurationException: the sequences between two checks exceed the memory budget.
-        """
-        batches = max(1, self.block_samples // (batch_size * trainer.world_size))
-        if self.estimator not in KEEPS_GRADIENTS or self._space is None:
-            return batches
-        sequence = sum(4 * p * q for p, q in (b.shape for b in self._space.bases.values()))
-        fitting = int(BLOCK_SHARE * self.memory_budget_gib * GIBIBYTE / (batch_size * sequence))
-        if self.stop_similarity is not None and fitting < batches:
-            raise MisconfigurationException(
-                f"FisherCollector.memory_budget_gib {self.memory_budget_gib} is too little for the "
-                f"{self.block_samples} sequences between two checks of stop_similarity (a sequence "
-                f"takes {sequence / 2**20:.1f} MiB): raise it, or lower block_samples"
-            )
-        return max(1, min(batches, fitting))
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, name: str) -> FisherStatistics:
-        assert isinstance(pl_module, FisherModule)
-        assert self._space is not None
-        collection = self._collections[name]
-        metadata = self._metadata(trainer, pl_module, name)
-        if not (self.estimator == "exact" and collection.store.on_disk):
-            statistics = FisherStatistics(dict(collection.estimates()), self._space, metadata)
-            if self.output is not None and trainer.is_global_zero:
-                statistics.save(self._file(name))
-            return statistics
-        # On each node one process writes what all of its processes read; without an output each
-        # process has a temporary folder of its own.
-        assert collection.store.folder is not None
-        if self.output is None:
-            path = collection.store.folder / f"{name}.safetensors"
-        else:
-            path = self._file(name)
-        if self.output is None or trainer.local_rank == 0:
-            write_samples(path, self._space, metadata, collection.estimates())
-        else:
-            for _ in collection.estimates():
-                pass  # takes part in the exchange
-        trainer.strategy.barrier()
-        opened = FisherStatistics.open(path)
-
-        def read(module: str, store: BlockStore = collection.store) -> Any:
-            # The store is held because a temporary folder lives as long as it.
-            return opened.modules[module]
-
-        return replace(opened, modules=LazyMapping(opened.modules, read), space=self._space)
-
-    def _metadata(self, trainer: Trainer, pl_module: LightningModule, name: str) -> FisherMetadata:
-        assert isinstance(pl_module, FisherModule)
-        collection = self._collections[name]
-        names = trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        available = len(_loader(trainer, names.index(name)).dataset)
-        taken = sorted(collection.sequences().tolist()) if len(collection.store) else []
-        stopped = ""
-        if len(taken) < available:
-            limited = self.max_samples is not None and len(taken) >= self.max_samples
-            stopped = "max_samples" if limited else "limit_val_batches"
-            stopped = "converged" if collection.stopped else stopped
-        return FisherMetadata(
-            data_name=name,
-            data_fingerprint=trainer.datamodule.validation_fingerprint(name),  # type: ignore[attr-defined]
-            count=len(taken),
-            estimator=self.estimator,
-            available=available,
-            stopped=stopped,
-            similarity=None if collection.monitor is None else collection.monitor.similarity,
-            sequences=taken if stopped else None,
-            **pl_module.fisher_metadata(self.points[name]),
-        )
 
     def _collects(self, trainer: Trainer, stage: str | None) -> bool:
         if trainer.sanity_checking:
@@ -499,16 +322,3 @@ def remove_empty(folder: Path) -> None:
     for path in [*folder.glob("*"), folder]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
-
-
-def _loader(trainer: Trainer, index: int) -> Any:
-    loaders = trainer.val_dataloaders
-    return loaders[index] if isinstance(loaders, Sequence) else loaders
-
-
-def _order(trainer: Trainer, index: int) -> list[list[int]]:
-    """Return the numbers of the sequences of each batch that this process will see."""
-    batches = [
-        [item] if isinstance(item, int) else list(item) for item in _loader(trainer, index).sampler
-    ]
-    return batches[: int(trainer.num_val_batches[index])]

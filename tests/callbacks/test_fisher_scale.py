@@ -19,6 +19,7 @@ from sst_lightning.algebra.fisher_file import FisherStatistics
 from sst_lightning.algebra.methods import SST
 from sst_lightning.algebra.tensor_file import TensorFile
 from sst_lightning.data.random_blocks import RandomBlocks
+from sst_lightning.modules.calibration_set import CalibrationSet
 from tests.small_merge import quiet_trainer, save_inputs, small_data, small_module
 
 POINTS = {"utility": "utility", "safety": "safety"}
@@ -94,14 +95,14 @@ def test_an_interrupted_collection_gives_the_files_of_a_whole_one(
 def test_files_of_a_run_killed_while_writing_are_its_own(inputs, tmp_path, monkeypatch):
     expected, output = tmp_path / "whole", tmp_path / "parts"
     collect(inputs, expected)
-    finish = FisherCollector._finish
+    finish = CalibrationSet.finish
 
-    def killed(self, trainer, module, name):
-        if name == "safety":
+    def killed(self, collection, path):
+        if self.name == "safety":
             raise KeyboardInterrupt
-        return finish(self, trainer, module, name)
+        return finish(self, collection, path)
 
-    monkeypatch.setattr(FisherCollector, "_finish", killed)
+    monkeypatch.setattr(CalibrationSet, "finish", killed)
     collect(inputs, output, stop=100)
     monkeypatch.undo()
     assert (output / "utility.safetensors").exists()
