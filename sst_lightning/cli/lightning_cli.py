@@ -22,7 +22,7 @@ from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.backbone import resolve
 from sst_lightning.modules.causal_lm import CausalLMModule
 from sst_lightning.modules.optimizer import check_optimizer
-from sst_lightning.modules.strategies import check_strategy
+from sst_lightning.modules.strategies import FullyShardedStrategy, check_strategy
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.modules.trainer import SSTTrainer
 
@@ -96,7 +96,9 @@ class SSTCommandLine(LightningCLI):
         """
         check_strategy(self.trainer.strategy, stage)
         if stage == "fit" and isinstance(self.model, SupervisedLoRA):
-            check_optimizer(self.model.optimizer, self.trainer.strategy.root_device)
+            strategy = self.trainer.strategy
+            sharded = isinstance(strategy, FullyShardedStrategy)
+            check_optimizer(self.model.optimizer, strategy.root_device, sharded)
         resolve(self.model.base)
         self.datamodule.prepare_data()
         self.datamodule.setup(stage)

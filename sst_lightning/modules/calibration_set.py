@@ -18,6 +18,7 @@ from sst_lightning.algebra.fisher_file import FisherMetadata, FisherStatistics, 
 from sst_lightning.algebra.lazy import LazyMapping
 from sst_lightning.modules.collection_limits import CollectionLimits
 from sst_lightning.modules.fisher_collection import FisherCollection
+from sst_lightning.modules.processes import gather
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class CalibrationSet:
             FisherError: ``folder`` holds blocks of another collection and ``overwrite`` is false.
         """
         trainer, order = self.trainer, self._order()
-        batch_size = max(map(len, order), default=1)
+        # Of all processes: where a remainder makes one batch larger, blocks must end together.
+        batch_size = max(gather(max(map(len, order), default=1), trainer))
         block_batches = self.limits.block_batches(batch_size, trainer.world_size, self.space)
         module: Any = trainer.lightning_module
         identity = {

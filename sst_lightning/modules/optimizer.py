@@ -11,7 +11,7 @@ from torch.nn import Parameter
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
-def check_optimizer(name: OptimizerName, device: torch.device) -> None:
+def check_optimizer(name: OptimizerName, device: torch.device, sharded: bool = False) -> None:
     """Refuse an optimizer that cannot run, before a model is loaded.
 
     On other devices than CUDA bitsandbytes would keep the state of a paged optimizer unpaged and
@@ -20,12 +20,18 @@ def check_optimizer(name: OptimizerName, device: torch.device) -> None:
     Args:
         name: ``adamw``, ``adamw_8bit`` or ``paged_adamw_8bit``.
         device: where the weights will be.
+        sharded: whether they are divided among processes.
 
     Raises:
         MisconfigurationException: names the optimizer and the remedy.
     """
     if name == "adamw":
         return
+    if sharded:
+        raise MisconfigurationException(
+            f"model.optimizer '{name}' does not know sharded weights (trainer.strategy fsdp): use "
+            "model.optimizer: adamw"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MisconfigurationException(
             f"model.optimizer '{name}' needs bitsandbytes: pip install bitsandbytes, or use "

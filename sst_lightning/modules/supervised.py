@@ -43,6 +43,7 @@ from sst_lightning.modules.resume import (
     use_learning_rate,
 )
 from sst_lightning.modules.schedule import Decay, warmup_then_decay
+from sst_lightning.modules.strategies import is_sharded
 from sst_lightning.modules.token_mean import TokenMean
 
 SEVEN_PROJECTIONS = (
@@ -132,7 +133,7 @@ class SupervisedLoRA(CausalLMModule):
             MisconfigurationException: names the optimizer and the remedy.
         """
         if stage == "fit":
-            check_optimizer(self.optimizer, self.trainer.strategy.root_device)
+            check_optimizer(self.optimizer, self.trainer.strategy.root_device, is_sharded(self))
 
     def lora_config(self) -> LoraConfig:
         """Return the PEFT configuration of the adapter."""

@@ -132,6 +132,12 @@ def commands(made, folder: Path, output: Path, processes: int) -> list[list[str]
         f"--fisher={output / 'fisher'}", "--max_utility_drop=0.5", "--evaluate=false",
         "--data.budget_samples=11",
     ]  # fmt: skip
+    # Nine rows: one of two processes has a batch that is larger than all of the other's.
+    monitored = [
+        "validate", "--config=configs/fisher_a6_a7.yaml", *merge, "--data.calibration_samples=9",
+        f"--data.batch_size={4 // processes}", f"--trainer.callbacks.output={output / 'monitored'}",
+        "--trainer.callbacks.stop_similarity=0.999", "--trainer.callbacks.block_samples=8",
+    ]  # fmt: skip
     plain = ["merge", "--config=configs/merge_a6_a7.yaml", *merge, "--method=task_arithmetic"]
     first = [*plain, f"--output={output / 'first'}", "--evaluate=false"]
     nothing = [*plain, f"--output={output / 'nothing'}", "--model.utility_weights=[0]"]
@@ -151,6 +157,7 @@ def commands(made, folder: Path, output: Path, processes: int) -> list[list[str]
             budget,
             ["test", "--config", made["suites"], "--adapter", made["safety"],
              f"--output={output / 'test'}"],
+            monitored,
             nothing,
             compare,
         )

@@ -61,7 +61,7 @@ def both(folder, path, read):
 
 def test_every_process_succeeds_or_fails_with_the_others(notes):
     """The last two commands fail: in the verification, on rank zero, and before the start."""
-    assert [note["codes"] for note in notes] == [[0, 0, 0, 0, 0, 0, 2, 2]] * 3
+    assert [note["codes"] for note in notes] == [[0, 0, 0, 0, 0, 0, 0, 2, 2]] * 3
 
 
 @pytest.mark.parametrize("tag", ["train_loss", "val_nll"])
@@ -126,6 +126,16 @@ def test_fishers(folder, path, processes):
         # Also in the same order: the report's spectrum is fitted on every other sequence.
         samples, others = fisher.samples, two.modules[name].samples
         assert (others - samples).norm() < 1e-4 * samples.norm(), name
+
+
+def test_blocks_end_together_where_batches_are_uneven(folder):
+    """Processes that closed a block at different batches waited for each other for ever."""
+    for name in ("utility", "harmless", "safety"):
+        one, two = both(folder, f"monitored/{name}.safetensors", FisherStatistics.load)
+        assert one.metadata.count == two.metadata.count == 9
+        for module, fisher in one.modules.items():
+            expected = fisher.dense()
+            assert (two.modules[module].dense() - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_generalised_eigenvalues(folder):

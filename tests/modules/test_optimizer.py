@@ -79,6 +79,9 @@ def test_what_cannot_run_here_is_refused_with_a_remedy(nano, monkeypatch):
     for name in ("adamw", "adamw_8bit"):
         check_optimizer(name, CPU)
     check_optimizer("paged_adamw_8bit", CUDA)
+    check_optimizer("adamw", CUDA, sharded=True)
+    with pytest.raises(MisconfigurationException, match=r"fsdp.*model\.optimizer: adamw"):
+        check_optimizer("paged_adamw_8bit", CUDA, sharded=True)
     module = module_for(nano, optimizer="paged_adamw_8bit")
     with pytest.raises(MisconfigurationException, match=r"CUDA.*model\.optimizer: adamw"):
         trainer_for().fit(module, loader())
