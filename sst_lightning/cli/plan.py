@@ -1,8 +1,6 @@
 """What ``sst-merge plan`` prints: memory and disk of stages, and what to change where it is short."""
 
 import json
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from sst_lightning.cli.shipped_configs import load_config
 from sst_lightning.planner.advice import Size, device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import Architecture, PlanError, find_architecture
 from sst_lightning.planner.job import Stage
+from sst_lightning.planner.program import program_bytes
 from sst_lightning.planner.stages import Phase, StagePlan, plan_stage
 
 GIB = 1 << 30
@@ -39,12 +38,6 @@ class Limits:
         for flag, value in (("--memory", self.memory), ("--host_memory", self.host)):
             if value is not None and not value > 0:
                 raise PlanError(f"{flag} must be above 0 (GiB), got {value:g}")
-
-
-def program_bytes() -> int:
-    """Return the most memory that this process has had: now, that of Python and its libraries."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 def plan_configs(
