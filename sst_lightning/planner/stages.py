@@ -152,6 +152,11 @@ class _Planner:
         stored = architecture.stored or plain.dtype
         self.file = numbers * torch.empty((), dtype=stored).element_size()
         self.shared = stored == plain.dtype
+        if job.accelerator == "cpu" and self.shared and not job.quantization:
+            # Weights are the mapped file: of the embeddings only rows of tokens in use are read.
+            rows: Any = self.model.get_input_embeddings().weight
+            if rows is not self.model.get_output_embeddings().weight:
+                self.weights -= rows.numel() * rows.element_size()
         self.base = [Term("program: Python and libraries", program, "host")]
         if job.accelerator == "gpu":
             self.base.append(Term("CUDA context (assumed)", CUDA_CONTEXT))
@@ -168,9 +173,11 @@ class _Planner:
 
     def loading(self) -> Phase:
         """The model's file is mapped; what is not used as it is in the file is copied."""
-        terms = [*self.base, Term("base model's file, mapped", self.file, "host")]
-        if not (self.job.accelerator == "cpu" and self.shared and not self.job.quantization):
-            terms.append(Term("base weights", self.weights))
+        if self.job.accelerator == "cpu" and self.shared and not self.job.quantization:
+            terms = [*self.base, Term("base model's file, mapped", self.weights, "host")]
+        else:
+            file = Term("base model's file, mapped", self.file, "host")
+            terms = [*self.base, file, Term("base weights", self.weights)]
         return Phase("loading the base", tuple(terms))
 
     def standing(self) -> list[Term]:
