@@ -46,8 +46,8 @@ from sst_lightning.data import Alpaca, SafetyUtilityData, Security
 from sst_lightning.modules.backbone import load_backbone
 from sst_lightning.modules.causal_lm import completion_nll
 from sst_lightning.modules.core_hooks import EmbeddingLeaf
+from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 from sst_lightning.modules.merge import MergeModule
-from sst_lightning.modules.supervised import SEVEN_PROJECTIONS
 
 PACKAGES = ("kronfluence", "dattri_llm")
 INSTALL = "pip install --constraint constraints.txt kronfluence==1.0.1 dattri-llm==0.1.0"

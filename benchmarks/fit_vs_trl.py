@@ -50,7 +50,7 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
     """Write the rows in the order in which ``fit`` takes them, and where the model is."""
     from sst_lightning.data.tokenization import IGNORED
     from sst_lightning.modules.backbone import resolve
-    from sst_lightning.modules.supervised import SEVEN_PROJECTIONS
+    from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 
     module = data_module(options)
     module.setup("fit")

@@ -11,8 +11,9 @@ from jsonargparse import Namespace
 from sst_lightning.algebra.peft_folder import read_config, targets
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.likelihood import HEAD_POSITIONS
+from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 from sst_lightning.modules.merge import MergeModule
-from sst_lightning.modules.supervised import SEVEN_PROJECTIONS, SupervisedLoRA
+from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.planner.architecture import Architecture, PlanError
 from sst_lightning.planner.job import ASSUMED_RANK, Accelerator, Adapter, Job, Reading, Stage
 from sst_lightning.planner.passes import linear_shapes

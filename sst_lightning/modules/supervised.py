@@ -3,27 +3,21 @@
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sst_lightning.algebra.adapter import LoraAdapter
-from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.modules.backbone import (
     Attention,
     Dtype,
     Quantization,
-    identity,
 )
-from sst_lightning.modules.causal_lm import Batch, CausalLMModule, completion_nll
-from sst_lightning.modules.core_hooks import CoreGradientCapture, Receiver
-from sst_lightning.modules.live_adapter import live_adapter
+from sst_lightning.modules.causal_lm import Batch, completion_nll
+from sst_lightning.modules.lora import LoRAModule
 from sst_lightning.modules.optimizer import (
     OptimizerName,
     check_optimizer,
@@ -46,30 +40,18 @@ from sst_lightning.modules.schedule import Decay, warmup_then_decay
 from sst_lightning.modules.strategies import is_sharded
 from sst_lightning.modules.token_mean import TokenMean
 
-SEVEN_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
 
-
-class SupervisedLoRA(CausalLMModule):
+class SupervisedLoRA(LoRAModule):
     """Trains a LoRA adapter on a frozen base, with AdamW on the NLL per completion token.
 
     The mean is over all completion tokens of an optimizer step, in all processes and accumulated
     batches: how its rows are divided among them makes no difference (without dropout).
 
-    The LoRA weights are fp32 whatever the base's dtype, and their initial values depend on
-    ``seed_everything``'s seed alone. Checkpoints hold the LoRA weights, not the base. Resuming
-    (``fit --ckpt_path``) continues with the losses of an uninterrupted run when the loader yields
-    an epoch's batches in an order that is a function of (seed, epoch) and can be resumed inside an
-    epoch (:class:`sst_lightning.data.resumable.ResumableLoader`), and dropout is 0 (random states
-    are not part of a checkpoint). After an interruption between two optimizer steps it continues
-    from the first of them.
+    Resuming (``fit --ckpt_path``) continues with the losses of an uninterrupted run when the loader
+    yields an epoch's batches in an order that is a function of (seed, epoch) and can be resumed
+    inside an epoch (:class:`sst_lightning.data.resumable.ResumableLoader`), and dropout is 0 (random
+    states are not part of a checkpoint). After an interruption between two optimizer steps it
+    continues from the first of them.
 
     Gradient accumulation, precision, clipping and devices are the Trainer's flags.
 
@@ -111,17 +93,24 @@ class SupervisedLoRA(CausalLMModule):
         gradient_checkpointing: bool = False,
         optimizer: OptimizerName = "adamw",
     ) -> None:
-        super().__init__(base, dtype, attention, quantization)
+        super().__init__(
+            base,
+            dtype,
+            attention,
+            quantization,
+            r,
+            lora_alpha,
+            dropout,
+            target_modules,
+            use_rslora,
+            gradient_checkpointing,
+        )
         self.save_hyperparameters()
-        self.target_modules = list(target_modules or SEVEN_PROJECTIONS)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.decay = decay
-        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = optimizer
-        # The state dict of a checkpoint lacks the base on purpose; on_load_checkpoint checks it.
-        self.strict_loading = False
         self._resumed_from: dict[str, Any] | None = None
         self._step_mean = TokenMean()
         self._shares_prefixes = False
@@ -135,17 +124,6 @@ class SupervisedLoRA(CausalLMModule):
         if stage == "fit":
             check_optimizer(self.optimizer, self.trainer.strategy.root_device, is_sharded(self))
 
-    def lora_config(self) -> LoraConfig:
-        """Return the PEFT configuration of the adapter."""
-        return LoraConfig(
-            r=self.hparams["r"],
-            lora_alpha=self.hparams["lora_alpha"],
-            lora_dropout=self.hparams["dropout"],
-            target_modules=self.target_modules,
-            use_rslora=self.hparams["use_rslora"],
-            task_type="CAUSAL_LM",
-        )
-
     def configure_model(self) -> None:
         """Load the model once, and find out whether rows can be computed together.
 
@@ -156,34 +134,7 @@ class SupervisedLoRA(CausalLMModule):
         if self.model is None:
             super().configure_model()
             # With dropout, sequences would lose the same inputs where they share them.
-            plain = self.hparams["dropout"] == 0
-            self._shares_prefixes = plain and can_share_prefixes(self.language_model)
-
-    def build_model(self) -> PeftModel:
-        """Load the base and put a new adapter on it.
-
-        Raises:
-            MisconfigurationException: the base has no module of a target's name.
-        """
-        base = self.load_base()
-        names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-        missing = [name for name in self.target_modules if name not in names]
-        if missing:
-            raise MisconfigurationException(
-                f"target_modules: {type(base).__name__} has no module called '{missing[0]}'; give "
-                "the names of its linear layers (the last part, such as q_proj)"
-            )
-        if self.gradient_checkpointing:
-            # transformers 5 renamed it on the way; the old name warns where the new one exists.
-            old = base.gradient_checkpointing_enable
-            enable = getattr(base, "activation_checkpointing_enable", old)
-            enable({"use_reentrant": False})
-        with torch.random.fork_rng():
-            # What ran before (shuffling, another module) must not change the initial weights.
-            torch.manual_seed(torch.initial_seed())
-            model = get_peft_model(base, self.lora_config())
-        # A base arrives in eval mode, in which gradient checkpointing does nothing.
-        return model.train()
+            self._shares_prefixes = self.dropout == 0 and can_share_prefixes(self.language_model)
 
     def on_train_start(self) -> None:
         """Take up the position of a checkpoint, and check that gradient checkpointing works.
@@ -274,29 +225,17 @@ class SupervisedLoRA(CausalLMModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the LoRA weights only, and note the base they belong to.
+        """Keep the LoRA weights only, at the position of the last optimizer step.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; no checkpoint is written.
         """
-        assert self.model is not None
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if name in self._trainable()
-        }
-        broken = [n for n, value in checkpoint["state_dict"].items() if not value.isfinite().all()]
-        if broken:
-            raise FloatingPointError(
-                f"{len(broken)} LoRA weights are not finite after step {self.global_step}, the first "
-                f"in {broken[0]}: lower learning_rate, and go on from the last checkpoint"
-            )
-        checkpoint["base_fingerprint"] = self.base_fingerprint()
+        super().on_save_checkpoint(checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
             rewind_to_optimizer_step(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits: loading is not strict, so nothing else would.
+        """Check that the checkpoint fits, and note where it stopped.
 
         The learning rate and weight decay of the command line take the place of the checkpoint's.
 
@@ -307,27 +246,7 @@ class SupervisedLoRA(CausalLMModule):
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             optimizer = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
             check_same_state(self.optimizer, optimizer)
-        self.configure_model()
-        assert self.model is not None
-        own = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        saved = checkpoint["state_dict"]
-        differing = sorted(set(own) ^ set(saved))
-        if differing:
-            raise MisconfigurationException(
-                f"the checkpoint was made with other target_modules: '{differing[0]}' is only in "
-                "one of checkpoint and model"
-            )
-        for name, shape in own.items():
-            if saved[name].shape != shape:
-                raise MisconfigurationException(
-                    f"the checkpoint was made with another r or another base: '{name}' is "
-                    f"{tuple(saved[name].shape)} in it and {tuple(shape)} in the model"
-                )
-        if checkpoint.get("base_fingerprint") != self.base_fingerprint():
-            raise MisconfigurationException(
-                f"the checkpoint was made on another base model than {self.base} as it is loaded "
-                "now (other weights, or another quantization)"
-            )
+        super().on_load_checkpoint(checkpoint)
         self._resumed_from = {"loops": checkpoint["loops"]} if "loops" in checkpoint else None
         for state, scheduler in zip(
             checkpoint.get("optimizer_states", []),
@@ -336,49 +255,9 @@ class SupervisedLoRA(CausalLMModule):
         ):
             use_learning_rate(state, scheduler, self.learning_rate, self.weight_decay)
 
-    def core_space(self) -> CoreSpace:
-        """Return the core space of the adapter as it is now, for ``FisherCollector``."""
-        return CoreSpace.from_adapters([self._live_adapter()])
-
-    def move_to_point(self, point: str) -> None:
-        """Check that ``point`` is where the weights are.
-
-        Raises:
-            MisconfigurationException: another point than ``training``.
-        """
-        if point != "training":
-            raise MisconfigurationException(
-                f"a Fisher of SupervisedLoRA is taken at the weights in training: give "
-                f"FisherCollector.points the point 'training', not '{point}'"
-            )
-
-    def gradient_capture(self, space: CoreSpace, receive: Receiver) -> CoreGradientCapture:
-        """Return the capture of core gradients, for ``FisherCollector``."""
-        assert self.model is not None
-        return CoreGradientCapture(self.model, space, receive)
-
-    def fisher_metadata(self, point: str) -> dict[str, Any]:
-        """Identify the base model and the adapter that a Fisher is taken with."""
-        assert self.model is not None
-        fingerprint = self._live_adapter().fingerprint
-        return {
-            "base_model": identity(self.base),
-            "base_fingerprint": self.base_fingerprint(),
-            "adapter_fingerprints": [fingerprint],
-            "point": point,
-            "point_fingerprint": fingerprint,
-        }
-
     def _rows(self, batch: Batch, chosen: Tensor | None = None) -> list[Any]:
         """Return the ids of the rows of all processes, or of those that are chosen."""
         ids = [getattr(row, "id", index) for index, row in enumerate(batch["rows"])]
         if chosen is not None:
             ids = [row for row, take in zip(ids, chosen.tolist(), strict=True) if take]
         return [row for part in gather(ids, self.trainer) for row in part]
-
-    def _live_adapter(self) -> LoraAdapter:
-        assert isinstance(self.model, PeftModel), "configure_model has not run"
-        return live_adapter(self.model, identity(self.base))
-
-    def _trainable(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}

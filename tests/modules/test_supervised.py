@@ -13,8 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from sst_lightning.data.batching import LengthBucketBatchSampler
 from sst_lightning.data.resumable import ResumableLoader
+from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 from sst_lightning.modules.schedule import warmup_then_decay
-from sst_lightning.modules.supervised import SEVEN_PROJECTIONS, SupervisedLoRA
+from sst_lightning.modules.supervised import SupervisedLoRA
 from tests.nano import random_batch, save_nano
 
 ROWS = 22
