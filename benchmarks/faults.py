@@ -28,6 +28,7 @@ QUIET = [
     *("--trainer.accelerator=cpu", "--trainer.logger=false"),
     *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
 ]
+PARTS = ["fit", "processes", "fisher", "merge"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
@@ -37,7 +38,7 @@ class Fault(Callback):
     Args:
         kind: name of a signal, ``disk`` (the disk is filled), ``nan`` (the trained weights become
             NaN) or ``none``.
-        batch: batches of training or test that begin before.
+        batch: batches that begin before.
         rank: process it happens to.
         filler: file that fills the disk.
     """
@@ -56,6 +57,10 @@ class Fault(Callback):
 
     def on_test_batch_start(self, trainer, module, *arguments) -> None:
         self._count(trainer, module)
+
+    def on_validation_batch_start(self, trainer, module, *arguments) -> None:
+        if trainer.state.fn == "validate":
+            self._count(trainer, module)
 
     def _count(self, trainer, module) -> None:
         if not self.began:
@@ -131,6 +136,24 @@ class Bench:
                 *("--data.batch_size=2", "--trainer.accumulate_grad_batches=2"),
                 *(f"--data.max_length={self.options.length}", "--trainer.max_epochs=2"),
                 *(f"--trainer.callbacks={json.dumps(callbacks)}", *QUIET, *more),
+            ],
+        )
+
+    def validate(self, name: str, **fault: object) -> dict[str, object]:
+        collector = {"output": "fisher", "block_samples": 4}
+        callbacks = [
+            {"class_path": "callbacks.FisherCollector", "init_args": collector},
+            {"class_path": "faults.Fault", "init_args": fault},
+        ]
+        return self.run(
+            name,
+            [
+                *("validate", f"--config={ROOT / 'configs' / 'fisher_a6_a7.yaml'}"),
+                *(f"--model.base={self.options.model}", "--data.batch_size=2"),
+                f"--model.utility=[{self.folder}/calm/adapter]",
+                f"--model.safety={self.folder}/other/adapter",
+                f"--data.calibration_samples={self.options.samples}",
+                *(f"--trainer.callbacks={json.dumps(callbacks)}", *QUIET),
             ],
         )
 
@@ -270,9 +293,27 @@ def process_faults(bench: Bench) -> list[dict]:
     return rows
 
 
+def fisher_faults(bench: Bench) -> list[dict]:
+    """A Fisher collection in the middle of a set."""
+    calm = bench.validate("validate")
+    assert calm["code"] == 0, (bench.folder / "validate" / "output.txt").read_text()
+    rows = []
+    for kind in ("SIGTERM", "SIGKILL"):
+        name = f"validate-{kind}"
+        batch = 3 * bench.options.samples // 4
+        broken = bench.validate(name, kind=kind, batch=batch)
+        after = bench.validate(name)
+        files = [
+            {path.name: path.read_bytes() for path in (bench.folder / n / "fisher").glob("*.safe*")}
+            for n in ("validate", name)
+        ]
+        how = f"kill -{kind.removeprefix('SIG')} when batch {batch} of validate begins"
+        rows.append(row(f"{kind} in a Fisher pass", how, broken, after, files[0] == files[1], calm))
+    return rows
+
+
 def merge_faults(bench: Bench) -> list[dict]:
     """An evaluation in the middle of a suite."""
-    bench.fit("other", "--seed_everything=1")
     calm = bench.merge("merge")
     assert calm["code"] == 0, (bench.folder / "merge" / "output.txt").read_text()
     rows = []
@@ -315,19 +356,23 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--test_batch", type=int, default=16)
     parser.add_argument("--disk", type=int, default=400, help="MiB of the disk that gets full")
-    parser.add_argument("--only", choices=["fit", "processes", "merge"], nargs="*")
+    parser.add_argument("--only", choices=PARTS, nargs="*")
     parser.add_argument("--write", type=Path, help="file whose table is replaced")
     options = parser.parse_args()
-    chosen = options.only or ["fit", "processes", "merge"]
+    chosen = options.only or PARTS
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
         rows = []
         if "fit" in chosen:
             rows += fit_faults(bench)
-        elif "merge" in chosen:
+        else:
             bench.fit("calm")
+        if "merge" in chosen or "fisher" in chosen:
+            bench.fit("other", "--seed_everything=1")
         if "processes" in chosen:
             rows += process_faults(bench)
+        if "fisher" in chosen:
+            rows += fisher_faults(bench)
         if "merge" in chosen:
             rows += merge_faults(bench)
     print(table(rows))

@@ -330,11 +330,11 @@ def test_faults(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark.Bench, "run", run)
     options = [f"--model={save_nano(tmp_path / 'nano')}", "--steps=1", "--rank=2"]
-    options += ["--only", "merge", "--length=120", "--samples=2", "--test_batch=6"]
+    options += ["--only", "merge", "fisher", "--length=120", "--samples=2", "--test_batch=6"]
     monkeypatch.setattr(sys, "argv", ["faults.py", *options])
     benchmark.main()
     lines = capsys.readouterr().out.splitlines()
     summary = json.loads(lines[-1])
-    assert summary["faults"] == 2
+    assert summary["faults"] == 4
     assert summary["lost"] == summary["zero_exits"] == 0
     assert any("SIGKILL in an evaluation" in line and "| 137 | nothing |" in line for line in lines)

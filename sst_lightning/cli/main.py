@@ -44,6 +44,7 @@ TEST_SHORTCUTS = {
 # What is said after a signal.
 HOW_TO_GO_ON = {
     "fit": "run the same command with --ckpt_path last",
+    "validate": "run the same command again: blocks of Fishers that were written are not repeated",
     "merge": "run the same command with --overwrite: evaluations that are finished are not repeated",
     "compare": "run the same command with --overwrite: evaluations that are finished are not repeated",
     "test": "run the same command again: answers under the output are not repeated",
