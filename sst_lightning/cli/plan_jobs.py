@@ -200,6 +200,8 @@ class _Reader:
             estimator=found[0].estimator,
             samples=samples,
             fisher_files=found[0].output is not None,
+            block_samples=found[0].block_samples,
+            memory_budget_gib=found[0].memory_budget_gib,
         )
 
     def merge(self, job: Job, config: Namespace) -> Job:
@@ -218,6 +220,8 @@ class _Reader:
             estimator=estimator,
             samples=samples,
             reads_fishers=bool(estimator) and config.fisher is not None,
+            # In the output, until the merge is done.
+            fisher_files=bool(estimator) and config.fisher is None,
             at_merge=again if iterates else (),
             merges=1,
             readings=readings,

@@ -69,7 +69,10 @@ class Job:
         samples: sequences of each calibration set, in the order they are collected.
         at_merge: the same for one iteration at the merge; empty without iterations.
         merges: merged adapters that are written.
-        fisher_files: whether Fishers are written.
+        fisher_files: whether Fishers are written: the gradients of a block are in memory then, and
+            those of an exact Fisher never all together.
+        block_samples: sequences of a block, of all processes together.
+        memory_budget_gib: GiB of gradients that a process keeps.
         reads_fishers: whether a merge reads ``samples`` from Fisher files.
     """
 
@@ -94,4 +97,6 @@ class Job:
     at_merge: tuple[tuple[str, int], ...] = ()
     merges: int = 0
     fisher_files: bool = False
+    block_samples: int = 64
+    memory_budget_gib: float = 4.0
     reads_fishers: bool = False

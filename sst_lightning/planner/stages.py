@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.planner.architecture import Architecture, parameter_bytes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
@@ -20,15 +21,18 @@ from sst_lightning.planner.passes import (
     reading_step,
     training_step,
 )
+from sst_lightning.planner.program import heap_holes
 from sst_lightning.planner.storage import (
     FP32,
     adapter_bytes,
     basis_bytes,
+    block_sequences,
     factor_counts,
     filter_bytes,
     finished_bytes,
     fisher_bytes,
     fisher_file_bytes,
+    module_bytes,
     optimizer_bytes,
     paged_bytes,
 )
@@ -41,9 +45,6 @@ COMPILED = 600 * 1024
 """Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
 MOST_COMPILED = 1024
 """Entries of oneDNN's cache of compiled products."""
-HOLES = 0.45
-"""Share of a training step's blocks below 32 MiB that glibc's heap has in holes beside them: what the
-peak is above that with MALLOC_MMAP_THRESHOLD_=131072 (SmolLM2, 4 x 256 tokens, glibc 2.36)."""
 
 
 @dataclass(frozen=True)
@@ -276,20 +277,44 @@ class _Planner:
         self, standing: list[Term], samples: Iterable[tuple[str, int]], where: str
     ) -> list[Phase]:
         """Collect the sets one after the other, then finish them one after the other."""
-        estimator = self.job.estimator
-        sizes = {n: fisher_bytes(self.core, estimator, count) for n, count in samples}
-        collected = Term(f"Fishers{where}", sum(sizes.values()), "host")
+        samples = list(samples)
+        collected = Term(f"Fishers{where}", self.collected([n for _, n in samples]), "host")
+        step = fisher_step(self.model, self.job)
+        phases = [_phase(f"Fisher pass{where}", [*standing, collected], step)]
+        most = max(count for _, count in samples)
+        if self.streams:
+            # Blocks and file are mapped; what is joined is in memory twice, in two orders.
+            joined = Term("a module's samples joined", 2 * module_bytes(self.core, most), "host")
+            return [*phases, Phase(f"Fishers{where} finished", (*standing, joined))]
         # Samples of a set are joined for all modules before its parts are let go.
-        joined = Term("a set's samples joined", max(sizes.values()), "host")
-        return [
-            _phase(
-                f"Fisher pass{where}", [*standing, collected], fisher_step(self.model, self.job)
-            ),
-            Phase(f"Fishers{where} finished", (*standing, collected, joined)),
-        ]
+        joined = Term(
+            "a set's samples joined", fisher_bytes(self.core, self.job.estimator, most), "host"
+        )
+        kept = self.fishers(f"Fishers{where}", samples)
+        return [*phases, Phase(f"Fishers{where} finished", (*standing, kept, joined))]
+
+    @property
+    def streams(self) -> bool:
+        """Whether Fishers are read from their files, module by module."""
+        return self.job.estimator == "exact" and (self.job.fisher_files or self.job.reads_fishers)
+
+    def collected(self, counts: list[int]) -> int:
+        """Bytes of what is collected and not on disk."""
+        job = self.job
+        if job.fisher_files:
+            block = block_sequences(
+                self.core, job.block_samples, job.memory_budget_gib, job.batch_size, job.processes
+            )
+            most = max(counts)
+            return fisher_bytes(self.core, job.estimator, min(most, block))
+        total = sum(fisher_bytes(self.core, job.estimator, count) for count in counts)
+        return min(total, int(job.memory_budget_gib * GIBIBYTE))
 
     def fishers(self, name: str, samples: Iterable[tuple[str, int]]) -> Term:
-        sizes = (finished_bytes(self.core, self.job.estimator, count) for _, count in samples)
+        if self.streams:
+            sizes = [module_bytes(self.core, count) for _, count in samples]
+            return Term(f"{name}, one module", sum(sizes), "host")
+        sizes = [finished_bytes(self.core, self.job.estimator, count) for _, count in samples]
         return Term(name, sum(sizes), "host")
 
     def merged(self) -> int:
@@ -347,7 +372,7 @@ def _with_holes(phases: Iterable[Phase]) -> list[Phase]:
     """Add what is free between the blocks of glibc's heap, and stays resident."""
     result = []
     for phase in phases:
-        holes = Term("holes in glibc's heap", int(HOLES * phase.small), "host")
+        holes = Term("holes in glibc's heap", int(heap_holes() * phase.small), "host")
         result.append(replace(phase, terms=(*phase.terms, holes) if holes.size else phase.terms))
     return result
 

@@ -7,7 +7,8 @@ import pytest
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import find_architecture, parameter_bytes
 from sst_lightning.planner.job import Reading
-from sst_lightning.planner.stages import CUDA_CONTEXT, HOLES, plan_stage
+from sst_lightning.planner.program import HOLES
+from sst_lightning.planner.stages import CUDA_CONTEXT, plan_stage
 from tests.nano import save_nano
 from tests.planner.jobs import fit_job, merge_job
 
@@ -56,16 +57,31 @@ def test_on_a_gpu_host_and_device_are_apart(nano, architecture):
 def test_fishers_of_a_merge_by_hand(nano, architecture):
     plan = plan_stage(merge_job(nano), architecture, PROGRAM)
     sample = 4 * 8 * 8 * 14
+    assert sizes(phase(plan, "Fisher pass").terms)["Fishers"] == (10 + 6 + 8) * sample
     first = sizes(phase(plan, "Fishers finished").terms)
-    assert first["Fishers"] == (10 + 6 + 8) * sample
+    assert first["Fishers"] == 24 * (sample + 8 * 14) + 3 * 14 * 8
     assert first["a set's samples joined"] == 10 * sample
     second = sizes(phase(plan, "Fishers at the merge finished").terms)
-    assert second["Fishers"] == 24 * (sample + 8 * 14) + 3 * 14 * 8
-    assert second["Fishers at the merge"] == 16 * sample
+    assert second["Fishers"] == first["Fishers"]
+    assert second["Fishers at the merge"] == 16 * (sample + 8 * 14) + 2 * 14 * 8
     # 10 + 6 sequences and as many at the merge against 8, of 64 coordinates each: 40 < 64.
     solve = sizes(phase(plan, "filter").terms)["one module's filter"]
     assert solve == 4 * 32 * 64 + 8 * 40 * 64 + 8 * 40 * 64 + 8 * 40 * 40
     assert sizes(plan.disk)["merged adapters (1)"] == 4 * 8 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+
+
+def test_gradients_that_go_to_disk_are_in_memory_a_block_and_a_module_at_a_time(nano, architecture):
+    sample = 4 * 8 * 8 * 14
+    for block, sequences in ((64, 10), (4, 4), (1, 4)):  # a batch of 4 at least
+        job = merge_job(nano, fisher_files=True, block_samples=block)
+        plan = plan_stage(job, architecture, PROGRAM)
+        assert sizes(phase(plan, "Fisher pass").terms)["Fishers"] == sequences * sample
+    finished = sizes(phase(plan, "Fishers finished").terms)
+    assert finished["a module's samples joined"] == 2 * 10 * 4 * 8 * 8
+    assert sizes(phase(plan, "filter").terms)["Fishers, one module"] == 24 * 4 * 8 * 8
+    tight = replace(job, block_samples=64, memory_budget_gib=4 * 5 * sample / 2**30)
+    pass_ = phase(plan_stage(tight, architecture, PROGRAM), "Fisher pass")
+    assert sizes(pass_.terms)["Fishers"] == 4 * sample
 
 
 def test_a_method_without_fishers_collects_none(nano, architecture):
@@ -151,11 +167,13 @@ def test_fishers_that_are_read_are_not_collected(nano, architecture):
     read = plan_stage(replace(job, reads_fishers=True), architecture, PROGRAM)
     assert "Fisher pass" in [p.name for p in collected.phases]
     assert [p.name for p in read.phases[:3]] == ["loading the base", "Fisher files read", "filter"]
-    assert sizes(phase(read, "filter").terms) == sizes(phase(collected, "filter").terms)
+    written = plan_stage(replace(job, fisher_files=True), architecture, PROGRAM)
+    assert sizes(phase(read, "filter").terms) == sizes(phase(written, "filter").terms)
+    assert phase(read, "filter").size("host") < phase(collected, "filter").size("host")
     assert {"Fisher file utility", "Fisher file safety"} <= set(sizes(read.disk))
 
 
-def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture):
+def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture, monkeypatch):
     cpu = phase(plan_stage(fit_job(nano), architecture, PROGRAM), "training step")
     gpu = phase(
         plan_stage(fit_job(nano, accelerator="gpu"), architecture, PROGRAM), "training step"
@@ -167,6 +185,9 @@ def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture):
     # All of the nano model's tensors are below 32 MiB.
     assert sizes(cpu.terms)["holes in glibc's heap"] == int(HOLES * tensors)
     assert "holes in glibc's heap" not in sizes(gpu.terms)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    mapped = plan_stage(fit_job(nano, dtype="bfloat16"), architecture, PROGRAM)
+    assert "holes in glibc's heap" not in sizes(phase(mapped, "training step").terms)
 
 
 def test_embeddings_of_a_mapped_file_are_not_read_whole(tmp_path):
