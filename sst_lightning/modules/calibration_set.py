@@ -50,8 +50,9 @@ class CalibrationSet:
             FisherError: ``folder`` holds blocks of another collection and ``overwrite`` is false.
         """
         trainer, order = self.trainer, self._order()
-        # Of all processes: where a remainder makes one batch larger, blocks must end together.
-        batch_size = max(gather(max(map(len, order), default=1), trainer))
+        # Of all processes, because blocks must end together. The least of them: where a remainder
+        # makes one batch larger, the last process does not get it, and blocks are those of the sampler.
+        batch_size = min(gather(max(map(len, order), default=1), trainer))
         block_batches = self.limits.block_batches(batch_size, trainer.world_size, self.space)
         module: Any = trainer.lightning_module
         identity = {

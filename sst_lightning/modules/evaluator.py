@@ -12,7 +12,7 @@ from sst_lightning.data import tokenization
 from sst_lightning.data.safety_utility import EvaluationTask, SafetyUtilityData
 from sst_lightning.metrics.examples import EXAMPLES, Example, write_examples
 from sst_lightning.metrics.scores import ModelScores, scoring_fingerprint
-from sst_lightning.modules import causal_lm, core_hooks, evaluation, generation
+from sst_lightning.modules import causal_lm, core_hooks, evaluation, generation, head_nll
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.processes import on_rank_zero
 from sst_lightning.suites.datamodule import SuiteData
@@ -127,7 +127,7 @@ class Evaluator:
 def _running_fingerprint() -> str:
     """Hash of the code that turns rows into NLLs and answers."""
     digest = hashlib.sha256()
-    for module in (causal_lm, core_hooks, evaluation, generation, tokenization):
+    for module in (causal_lm, core_hooks, evaluation, generation, head_nll, tokenization):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()
 

@@ -109,7 +109,8 @@ class StopOnSignal(Callback):
             return
         self._received = number
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(number)
+            # A terminal sends Ctrl-C to all of them; a second one would end them without a checkpoint.
+            trainer.strategy.launcher.kill(signal.SIGTERM)
         if trainer.state.fn != TrainerFn.FITTING:
             raise Interrupted(number)
 

@@ -19,7 +19,9 @@ from sst_lightning.algebra.fisher_file import FisherStatistics
 from sst_lightning.algebra.methods import SST
 from sst_lightning.algebra.tensor_file import TensorFile
 from sst_lightning.data.random_blocks import RandomBlocks
+from sst_lightning.modules import calibration_set
 from sst_lightning.modules.calibration_set import CalibrationSet
+from sst_lightning.modules.collection_limits import CollectionLimits
 from tests.small_merge import quiet_trainer, save_inputs, small_data, small_module
 
 POINTS = {"utility": "utility", "safety": "safety"}
@@ -230,6 +232,21 @@ def test_random_order_is_asked_of_data_that_can_give_it(inputs):
         small_module(inputs), datamodule=data, verbose=False
     )
     assert data.random_blocks == {}
+
+
+def test_blocks_are_those_of_the_sampler_where_a_remainder_joins_a_batch(inputs, monkeypatch):
+    """Else the rows between two checks would be the longest of a block, not a random sample."""
+    sizes = []
+
+    def block_batches(limits, batch_size, processes, space=None):
+        sizes.append(batch_size)
+        return 2
+
+    monkeypatch.setattr(CollectionLimits, "block_batches", block_batches)
+    # What two processes have of batches of two rows, when the last one has five rows of both.
+    monkeypatch.setattr(calibration_set, "gather", lambda own, trainer: [own + 1, own])
+    collect(inputs, stop_similarity=0.9)
+    assert set(sizes) == {2}
 
 
 KILLED = """
