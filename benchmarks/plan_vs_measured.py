@@ -19,6 +19,9 @@ from typing import Any
 
 MIB = 1 << 20
 CONFIGS = Path(__file__).parents[1] / "configs"
+LOCK = 1 | 2 | 4
+"""MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT: what was touched once stays resident. Where a kernel takes back
+pages of mapped files that have not been used for a while, a peak is not what a run has used."""
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
@@ -142,7 +145,9 @@ def measure(arguments: list[str]) -> dict[str, float]:
         ``peak``: its largest resident memory in bytes; ``cpu_seconds`` that it took in all.
     """
     code = (
-        "import json, re, resource, sys\n"
+        "import ctypes, json, re, resource, sys\n"
+        f"if ctypes.CDLL(None).mlockall({LOCK}):\n"
+        "    print('pages cannot be locked: the kernel may take some back', file=sys.stderr)\n"
         "from sst_lightning.cli.main import main\n"
         "code = main(sys.argv[1:])\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class SampleLogger(Callback):
     """Writes prompts, greedy answers and references as text ``samples`` after each validation.
 
     The prompts are spread over the first validation dataloader, whose batches are sorted by
-    length. They are answered as one batch, on rank zero.
+    length. They are answered as one batch, on rank zero; not at all under ``fsdp``.
 
     Args:
         count: number of prompts.
@@ -30,13 +31,13 @@ class SampleLogger(Callback):
         self.count = count
         self.max_new_tokens = max_new_tokens
         self._prompts: list[tuple[Tensor, Any]] = []
+        self._sharded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that answers can be made and have somewhere to go.
 
         Raises:
-            MisconfigurationException: no TensorBoardLogger, a module without generate_text, or a
-                sharded model.
+            MisconfigurationException: no TensorBoardLogger, or a module without generate_text.
         """
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if stage != "fit" or fast_dev_run:
@@ -45,10 +46,11 @@ class SampleLogger(Callback):
             raise MisconfigurationException(
                 f"SampleLogger needs a CausalLMModule, not {type(pl_module).__name__}"
             )
-        if is_sharded(pl_module):
-            raise MisconfigurationException(
-                "SampleLogger answers on rank zero alone, where a sharded model waits for the other "
-                "processes: leave it out of trainer.callbacks with trainer.strategy fsdp"
+        self._sharded = is_sharded(pl_module)
+        if self._sharded:
+            rank_zero_warn(
+                "SampleLogger writes no answers under trainer.strategy fsdp: it answers on rank zero "
+                "alone, where a sharded model would wait for the other processes"
             )
         if not _writers(trainer):
             raise MisconfigurationException(
@@ -100,7 +102,7 @@ class SampleLogger(Callback):
     def _active(self, trainer: Trainer) -> bool:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         fast_dev_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
-        return fitting and not fast_dev_run and trainer.is_global_zero
+        return fitting and not fast_dev_run and not self._sharded and trainer.is_global_zero
 
 
 def _writers(trainer: Trainer) -> list[TensorBoardLogger]:

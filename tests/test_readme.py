@@ -19,7 +19,7 @@ SHELL = [
     for line in text.replace("\\\n", " ").splitlines()
 ]
 COMMANDS = [words[1:] for words in SHELL if words and words[0] == "sst-merge"]
-AS_THEY_STAND = ("methods", "merge-files", "plan-eval")
+AS_THEY_STAND = ("methods", "merge-files", "plan", "plan-eval")
 # Those that evaluate run one after the other in a test of their own.
 EVALUATION = [words for words in COMMANDS if words[0] == "paired" or "runs/eval" in " ".join(words)]
 OWN = next(words for words in COMMANDS if "configs/merge_own.yaml" in words)
@@ -62,8 +62,8 @@ def test_own_adapters_from_the_shell(here, capfd):
 
 
 def test_full_weights_from_the_shell(here, capfd):
-    shutil.copytree(here.utility, "runs/mine/adapter")
-    words = [str(here.base) if word == "smollm2-135m" else word for word in EXPORT]
+    shutil.copytree(here.utility, "runs/merge_a6_a7_qlora/adapter")
+    words = [str(here.base) if word == "llama-3.1-8b" else word for word in EXPORT]
     outcome = run(capfd, *words)
     assert outcome.code == 0, outcome.err
     assert Path("runs/full/model.safetensors").is_file()

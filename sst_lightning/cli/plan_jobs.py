@@ -194,6 +194,8 @@ class _Reader:
         samples = self.samples()
         if found[0].points is not None:
             samples = tuple(item for item in samples if item[0] in found[0].points)
+        if found[0].max_samples is not None:
+            samples = tuple((name, min(count, found[0].max_samples)) for name, count in samples)
         return replace(
             job,
             adapters=self.merged_adapters(),

@@ -4,7 +4,7 @@ from inspect import signature
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -88,11 +88,14 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
     """Tell whether the states of a tree are those of its sequences.
 
     They are in models whose layers all attend to all earlier positions and that take masks and
-    positions as they are given: not with sliding windows, recurrent layers, attention dropout (which
-    would hit sequences together) or flash attention. What the configuration does not say shows in a
-    small tree.
+    positions as they are given: not with sliding windows, recurrent layers, dropout (which would hit
+    sequences together) or flash attention. What the configuration does not say shows in a small tree.
     """
     config = model.config.get_text_config()
+    # Not that of an adapter, which is in its place already and which the caller knows of.
+    drops = any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.get_decoder().modules()
+    )
     if (
         not model._supports_attention_backend
         or model._is_stateful
@@ -101,6 +104,7 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
         or getattr(config, "sliding_window", None) is not None
         or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
         or bool(getattr(config, "attention_dropout", 0))
+        or drops
     ):
         return False
     ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2], [0, 2, 1, 0]], device=model.device)

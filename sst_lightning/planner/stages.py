@@ -142,9 +142,8 @@ def plan_stage(job: Job, architecture: Architecture, program: int) -> StagePlan:
 class _Planner:
     def __init__(self, job: Job, architecture: Architecture, program: int) -> None:
         self.job = job
-        self.model: PreTrainedModel = architecture.build(
-            job.dtype, job.attention, job.quantization, job.accelerator
-        )
+        self.architecture = architecture
+        self.model = self.build()
         self.shapes = linear_shapes(self.model)
         self.core = core_shapes(self.model, job.adapters)
         self.weights = parameter_bytes(self.model)
@@ -162,6 +161,11 @@ class _Planner:
         if job.accelerator == "gpu":
             self.base.append(Term("CUDA context (assumed)", CUDA_CONTEXT))
         self.adapters = {a.name: adapter_bytes(self.shapes, a) for a in job.adapters}
+
+    def build(self) -> PreTrainedModel:
+        """Return a new model on the meta device: a training step leaves its adapter in it."""
+        job = self.job
+        return self.architecture.build(job.dtype, job.attention, job.quantization, job.accelerator)
 
     def plan(self) -> StagePlan:
         stage = {"fit": self.fit, "validate": self.validate, "merge": self.merge, "test": self.test}
@@ -210,7 +214,7 @@ class _Planner:
         outside = [Term("optimizer state, paged out", paged, "host")] if paged else []
         inside = [Term("optimizer state, paged in", paged)] if paged else []
         phases = [
-            _phase("training step", [*standing, *outside], training_step(self.model, job)),
+            _phase("training step", [*standing, *outside], self.training_step()),
             Phase("optimizer step", (*standing, *inside, gradients)),
         ]
         disk = [Term("adapter", size, "disk")]
@@ -221,6 +225,14 @@ class _Planner:
                 Term(f"checkpoints ({job.checkpoints})", job.checkpoints * (size + state), "disk")
             )
         return phases, disk
+
+    def training_step(self) -> Pass:
+        """The step; layers that are computed again leave as many holes as layers that are kept."""
+        step = training_step(self.model, self.job)
+        if self.job.accelerator == "cpu" and self.job.gradient_checkpointing:
+            kept = training_step(self.build(), replace(self.job, gradient_checkpointing=False))
+            step = replace(step, small=kept.small)
+        return step
 
     def validate(self) -> tuple[list[Phase], list[Term]]:
         phases = self.collecting(self.merging(), self.job.samples, "")
@@ -351,7 +363,10 @@ class _Planner:
             Term(f"Fisher file {name}", fisher_file_bytes(self.core, self.job.estimator, n), "disk")
             for name, n in self.job.samples
         ]
-        return [*self.input_disk(), *files]
+        # Blocks and files are there together until all files are complete.
+        blocks = sum(fisher_bytes(self.core, self.job.estimator, n) for _, n in self.job.samples)
+        passing = [Term("blocks of unfinished Fishers", blocks, "disk")]
+        return [*self.input_disk(), *files, *(passing if self.job.fisher_files else [])]
 
     def _unquantised(self) -> int:
         linears = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}

@@ -15,10 +15,13 @@ def export_losses(losses: Mapping[str, WeightLoss]) -> dict[str, Any]:
     adapted = {name: loss for name, loss in losses.items() if loss.delta}
     others = {name: loss for name, loss in losses.items() if not loss.delta}
     worst = max(adapted, key=lambda name: adapted[name].rounding / adapted[name].delta, default="")
+    lost = total_loss(others).shares()
     return {
         "model": total_loss(adapted).shares(),
         "worst_module": {"name": worst, **adapted[worst].shares()} if worst else None,
-        "other_weights": {"rounding_of_weight": total_loss(others).shares()["rounding_of_weight"]},
+        "other_weights": {
+            key: lost[key] for key in ("rounding_of_weight", "quantization_of_weight")
+        },
         "modules": {name: loss.shares() for name, loss in adapted.items()},
     }
 
@@ -45,6 +48,8 @@ def export_summary(record: Mapping[str, Any]) -> Iterator[str]:
         )
     if others["rounding_of_weight"]:
         yield f"weights without an adapter lost {_percent(others['rounding_of_weight'])} of ‖W‖"
+    if others["quantization_of_weight"] is not None:
+        yield (f"through 4 bits they moved by {_percent(others['quantization_of_weight'])} of ‖W‖")
     if record["untied_output_layer"]:
         yield "the output layer has an adapter: it is no longer tied to the input embeddings"
 

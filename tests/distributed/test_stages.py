@@ -172,7 +172,7 @@ def test_metrics(folder, path):
 
 def test_sharded_exit_codes(notes):
     """Training, resumption and validation work; the rest is refused."""
-    assert [note.get("sharded") for note in notes] == [None, *[[0, 0, 0, 2, 2, 2]] * 2]
+    assert [note.get("sharded") for note in notes] == [None, *[[0, 0, 0, 0, 2, 2]] * 2]
 
 
 def test_sharded_training(folder):

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     JambaConfig,
     JambaForCausalLM,
     MistralConfig,
@@ -115,6 +117,8 @@ def test_models_that_do_more_than_attend_to_what_they_are_told_are_left_alone():
     assert not can_share_prefixes(nano_model(attention_dropout=0.1))
     window = small(MistralConfig, num_key_value_heads=2, sliding_window=4)
     assert not can_share_prefixes(MistralForCausalLM(window).eval())
+    dropout = small(GPT2Config, n_embd=16, n_head=2, resid_pdrop=1e-6, attn_pdrop=0, embd_pdrop=0)
+    assert not can_share_prefixes(GPT2LMHeadModel(dropout).eval())
     assert not can_share_prefixes(BloomForCausalLM(small(BloomConfig)).eval())
     recurrent = small(JambaConfig, num_key_value_heads=2, use_mamba_kernels=False, num_experts=2)
     assert not can_share_prefixes(JambaForCausalLM(recurrent).eval())

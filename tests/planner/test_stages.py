@@ -185,6 +185,12 @@ def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture, monkeypatch
     # All of the nano model's tensors are below 32 MiB.
     assert sizes(cpu.terms)["holes in glibc's heap"] == int(HOLES * tensors)
     assert "holes in glibc's heap" not in sizes(gpu.terms)
+    # Layers that are computed again leave as many.
+    again = phase(
+        plan_stage(fit_job(nano, gradient_checkpointing=True), architecture, PROGRAM),
+        "training step",
+    )
+    assert sizes(again.terms)["holes in glibc's heap"] == int(HOLES * tensors)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     mapped = plan_stage(fit_job(nano, dtype="bfloat16"), architecture, PROGRAM)
     assert "holes in glibc's heap" not in sizes(phase(mapped, "training step").terms)
