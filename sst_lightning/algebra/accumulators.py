@@ -186,6 +186,8 @@ class KroneckerAccumulator(SumAccumulator):
         inputs, outputs, sequences, tokens = self._state
         check_finite(inputs)
         check_finite(outputs)
+        # A matrix library need not round XᵀX symmetrically.
+        inputs, outputs = (inputs + inputs.T) / 2, (outputs + outputs.T) / 2
         # Without a single real token both sums are 0, and so is the Fisher.
         return KroneckerFisher(outputs / tokens.clamp(min=1), inputs / sequences, int(sequences))
 

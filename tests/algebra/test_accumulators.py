@@ -241,3 +241,15 @@ def test_offloading_changes_nothing(estimator):
     for one, two in zip(plain.state(), offloaded.state(), strict=True):
         assert torch.equal(one, two)
     assert len(plain.state()) == plain.sums + (estimator in ("exact", "ekfac"))
+
+
+def test_kronecker_factors_are_symmetric():
+    """XᵀX in fp32 is not, on some CPUs."""
+    generator = torch.Generator().manual_seed(0)
+    accumulator = make_accumulator("kfac")
+    for _ in range(2):
+        inputs, gradients = (torch.randn(2, 20, n, generator=generator) for n in (6, 7))
+        accumulator.update(inputs, gradients)
+    fisher = accumulator.finish()
+    assert torch.equal(fisher.input_factor, fisher.input_factor.T)
+    assert torch.equal(fisher.output_factor, fisher.output_factor.T)
