@@ -152,11 +152,6 @@ class _Planner:
         stored = architecture.stored or plain.dtype
         self.file = numbers * torch.empty((), dtype=stored).element_size()
         self.shared = stored == plain.dtype
-        if job.accelerator == "cpu" and self.shared and not job.quantization:
-            # Weights are the mapped file: of the embeddings only rows of tokens in use are read.
-            rows: Any = self.model.get_input_embeddings().weight
-            if rows is not self.model.get_output_embeddings().weight:
-                self.weights -= rows.numel() * rows.element_size()
         self.base = [Term("program: Python and libraries", program, "host")]
         if job.accelerator == "gpu":
             self.base.append(Term("CUDA context (assumed)", CUDA_CONTEXT))

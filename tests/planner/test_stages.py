@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
-from sst_lightning.planner.architecture import find_architecture, parameter_bytes
+from sst_lightning.planner.architecture import parameter_bytes
 from sst_lightning.planner.job import Reading
 from sst_lightning.planner.program import HOLES
 from sst_lightning.planner.stages import CUDA_CONTEXT, plan_stage
-from tests.nano import save_nano
 from tests.planner.jobs import fit_job, merge_job
 
 PROGRAM = 1000
@@ -194,13 +193,3 @@ def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture, monkeypatch
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     mapped = plan_stage(fit_job(nano, dtype="bfloat16"), architecture, PROGRAM)
     assert "holes in glibc's heap" not in sizes(phase(mapped, "training step").terms)
-
-
-def test_embeddings_of_a_mapped_file_are_not_read_whole(tmp_path):
-    """Untied, on a CPU, in the file's dtype: what is used of them is a few rows."""
-    found = find_architecture(str(save_nano(tmp_path / "nano", tie_word_embeddings=False)))
-    table = 4 * found.config.vocab_size * found.config.hidden_size
-    weights = parameter_bytes(found.build("float32"))
-    for changes, expected in (({}, weights - table), ({"accelerator": "gpu"}, weights)):
-        plan = plan_stage(fit_job(tmp_path / "nano", **changes), found, PROGRAM)
-        assert sizes(phase(plan, "optimizer step").terms)["base weights"] == expected
