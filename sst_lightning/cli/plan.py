@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.cli.lightning_cli import ParsedCommandLine, run_lightning
 from sst_lightning.cli.plan_jobs import Assumptions, guess_stage, read_job
 from sst_lightning.cli.shipped_configs import load_config
@@ -14,9 +15,8 @@ from sst_lightning.planner.job import Stage
 from sst_lightning.planner.program import program_bytes
 from sst_lightning.planner.stages import Phase, StagePlan, plan_stage
 
-GIB = 1 << 30
 NOTE = (
-    "Not counted: fragmentation of allocators, and reports, logs and answers on disk (megabytes).\n"
+    "Not counted: fragmentation of a GPU's memory, and reports, logs and answers on disk (megabytes).\n"
     "Sequences are as long as data.max_length and labelled throughout unless --tokens and --labelled "
     "say less."
 )
@@ -126,7 +126,7 @@ def _verdict(
     size: Size,
     limit: float,
 ) -> list[str]:
-    needed, allowed = size(plan), int(limit * GIB)
+    needed, allowed = size(plan), int(limit * GIBIBYTE)
     if needed <= allowed:
         return [f"{name}: fits into {limit:g} GiB, {_gib(allowed - needed)} are left"]
     lines = [f"{name}: does NOT fit into {limit:g} GiB: {_gib(needed - allowed)} too much", ""]
@@ -173,7 +173,7 @@ def _stage_record(
         "disk_terms": [asdict(term) for term in plan.disk],
     }
     for name, size, limit in _limits(plan, limits):
-        allowed = int(limit * GIB)
+        allowed = int(limit * GIBIBYTE)
         fits = size(plan) <= allowed
         record[name.replace(" ", "_") + "_limit"] = {
             "bytes": allowed,
@@ -197,4 +197,4 @@ def _line(name: str, size: int) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+    return f"{size / GIBIBYTE:.2f} GiB" if size >= GIBIBYTE / 10 else f"{size / 2**20:.2f} MiB"

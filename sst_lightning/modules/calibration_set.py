@@ -53,7 +53,10 @@ class CalibrationSet:
         # Of all processes, because blocks must end together. The least of them: where a remainder
         # makes one batch larger, the last process does not get it, and blocks are those of the sampler.
         batch_size = min(gather(max(map(len, order), default=1), trainer))
-        block_batches = self.limits.block_batches(batch_size, trainer.world_size, self.space)
+        sizes = (basis.shape for basis in self.space.bases.values())
+        block_batches = self.limits.block_batches(
+            batch_size, trainer.world_size, sum(4 * p * q for p, q in sizes)
+        )
         module: Any = trainer.lightning_module
         identity = {
             **self.identity,

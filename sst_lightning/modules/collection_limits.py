@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from sst_lightning.algebra.accumulators import Estimator
-from sst_lightning.algebra.core import CoreSpace
 from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.data.random_blocks import RandomBlocks
 
@@ -71,26 +70,28 @@ class CollectionLimits:
             size if self.stop_similarity else self.max_samples or 1, self.max_samples
         )
 
-    def block_batches(self, batch_size: int, processes: int, space: CoreSpace | None = None) -> int:
+    def block_batches(
+        self, batch_size: int, processes: int, sequence_bytes: int | None = None
+    ) -> int:
         """Return the number of batches of one process in a block.
 
         Args:
             batch_size: sequences of a process's batch.
             processes: number of them.
-            space: says what a gradient takes; without it the memory budget is left out.
+            sequence_bytes: of one sequence's gradients; without it the memory budget is left out.
 
         Raises:
             MisconfigurationException: the sequences between two checks exceed the memory budget.
         """
         batches = max(1, self.block_samples // (batch_size * processes))
-        if self.estimator not in KEEPS_GRADIENTS or space is None:
+        if self.estimator not in KEEPS_GRADIENTS or sequence_bytes is None:
             return batches
-        sequence = sum(4 * p * q for p, q in (b.shape for b in space.bases.values()))
-        fitting = int(BLOCK_SHARE * self.memory_budget_gib * GIBIBYTE / (batch_size * sequence))
+        budget = BLOCK_SHARE * self.memory_budget_gib * GIBIBYTE
+        fitting = int(budget / (batch_size * sequence_bytes))
         if self.stop_similarity is not None and fitting < batches:
             raise MisconfigurationException(
                 f"FisherCollector.memory_budget_gib {self.memory_budget_gib} is too little for the "
                 f"{self.block_samples} sequences between two checks of stop_similarity (a sequence "
-                f"takes {sequence / 2**20:.1f} MiB): raise it, or lower block_samples"
+                f"takes {sequence_bytes / 2**20:.1f} MiB): raise it, or lower block_samples"
             )
         return max(1, min(batches, fitting))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sst_lightning.algebra.fisher_blocks import GIBIBYTE
+from sst_lightning.modules.collection_limits import CollectionLimits
 from sst_lightning.planner.architecture import Architecture, parameter_bytes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
@@ -26,7 +27,6 @@ from sst_lightning.planner.storage import (
     FP32,
     adapter_bytes,
     basis_bytes,
-    block_sequences,
     factor_counts,
     filter_bytes,
     finished_bytes,
@@ -309,9 +309,13 @@ class _Planner:
         """Bytes of what is collected and not on disk."""
         job = self.job
         if job.fisher_files:
-            block = block_sequences(
-                self.core, job.block_samples, job.memory_budget_gib, job.batch_size, job.processes
+            limits = CollectionLimits(
+                job.estimator,  # type: ignore[arg-type]
+                block_samples=job.block_samples,
+                memory_budget_gib=job.memory_budget_gib,
             )
+            sequence = fisher_bytes(self.core, "exact", 1)
+            block = job.batch_size * limits.block_batches(job.batch_size, job.processes, sequence)
             most = max(counts)
             return fisher_bytes(self.core, job.estimator, min(most, block))
         total = sum(fisher_bytes(self.core, job.estimator, count) for count in counts)

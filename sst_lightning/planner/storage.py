@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping
 
-from sst_lightning.algebra.fisher_blocks import GIBIBYTE
-from sst_lightning.modules.collection_limits import BLOCK_SHARE
 from sst_lightning.planner.job import Adapter
 from sst_lightning.planner.passes import Shape
 
@@ -89,23 +87,6 @@ def finished_bytes(core: Core, estimator: str, sequences: int) -> int:
 def module_bytes(core: Core, sequences: int) -> int:
     """Return the bytes of one set's gradients of the largest module."""
     return max(FP32 * sequences * p * q for p, q in _sizes(core))
-
-
-def block_sequences(
-    core: Core, samples: int, budget_gib: float, batch_size: int, processes: int
-) -> int:
-    """Return the sequences of one process in a block of a Fisher that keeps gradients.
-
-    Args:
-        core: the modules.
-        samples: of all processes together, as they are asked for.
-        budget_gib: GiB of gradients that a process keeps.
-        batch_size: of a process.
-        processes: number of them.
-    """
-    batches = max(1, samples // (batch_size * processes))
-    batch = fisher_bytes(core, "exact", batch_size)
-    return batch_size * max(1, min(batches, int(BLOCK_SHARE * budget_gib * GIBIBYTE / batch)))
 
 
 def filter_bytes(core: Core, estimator: str, safety: int, utility: int) -> int:
