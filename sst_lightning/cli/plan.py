@@ -12,8 +12,9 @@ from sst_lightning.cli.shipped_configs import load_config
 from sst_lightning.planner.advice import Size, device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import Architecture, PlanError, find_architecture
 from sst_lightning.planner.job import Stage
+from sst_lightning.planner.phase import Phase, StagePlan
 from sst_lightning.planner.program import program_bytes
-from sst_lightning.planner.stages import Phase, StagePlan, plan_stage
+from sst_lightning.planner.stages import plan_stage
 
 NOTE = (
     "Not counted: fragmentation of a GPU's memory, and reports, logs and answers on disk (megabytes).\n"

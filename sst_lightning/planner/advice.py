@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from sst_lightning.planner.architecture import Architecture
 from sst_lightning.planner.job import Job
-from sst_lightning.planner.stages import StagePlan, plan_stage
+from sst_lightning.planner.phase import StagePlan
+from sst_lightning.planner.stages import plan_stage
 
 Size = Callable[[StagePlan], int]
 """The memory that is short: of the device, or of the host."""

@@ -2,9 +2,8 @@
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.modules.collection_limits import CollectionLimits
 from sst_lightning.planner.architecture import Architecture, parameter_bytes
+from sst_lightning.planner.cpu import with_compiled, with_holes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
     Pass,
@@ -22,7 +22,7 @@ from sst_lightning.planner.passes import (
     reading_step,
     training_step,
 )
-from sst_lightning.planner.program import heap_holes
+from sst_lightning.planner.phase import Phase, StagePlan, Term
 from sst_lightning.planner.storage import (
     FP32,
     adapter_bytes,
@@ -39,89 +39,6 @@ from sst_lightning.planner.storage import (
 
 CUDA_CONTEXT = 1 << 29
 """CUDA context and kernels of a process, as they are usually; not measured by this project."""
-
-
-COMPILED = 600 * 1024
-"""Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
-MOST_COMPILED = 1024
-"""Entries of oneDNN's cache of compiled products."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """Some bytes.
-
-    Attributes:
-        name: what they hold.
-        size: bytes.
-        place: ``device``, ``host`` or ``disk``; on the CPU device and host are one process.
-    """
-
-    name: str
-    size: int
-    place: str = "device"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of a stage with everything that is in memory at its peak.
-
-    Attributes:
-        name: what is done.
-        terms: what is in memory.
-        products: shapes of half-precision matrix products that are taken.
-        small: bytes of tensors of a pass that a CPU's allocator has in its heap.
-    """
-
-    name: str
-    terms: tuple[Term, ...]
-    products: frozenset[tuple[Any, ...]] = frozenset()
-    small: int = 0
-
-    def size(self, *places: str) -> int:
-        """Return the bytes in some places."""
-        return sum(term.size for term in self.terms if term.place in places)
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What one stage takes.
-
-    Attributes:
-        job: the stage.
-        phases: its phases in order.
-        disk: what it reads and writes.
-    """
-
-    job: Job
-    phases: tuple[Phase, ...]
-    disk: tuple[Term, ...]
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Places that share the memory in which the model is."""
-        return ("device", "host") if self.job.accelerator == "cpu" else ("device",)
-
-    @property
-    def peak(self) -> Phase:
-        """Phase with most memory where the model is."""
-        return max(self.phases, key=lambda phase: phase.size(*self.places))
-
-    @property
-    def memory(self) -> int:
-        """Bytes of a process where the model is, at the peak."""
-        return self.peak.size(*self.places)
-
-    @property
-    def host_peak(self) -> Phase:
-        """Phase with most host memory."""
-        return max(self.phases, key=lambda phase: phase.size("host"))
-
-    @property
-    def largest(self) -> Term:
-        """Largest term of the peak."""
-        terms = [term for term in self.peak.terms if term.place in self.places]
-        return max(terms, key=lambda term: term.size)
 
 
 @lru_cache(maxsize=64)
@@ -168,17 +85,17 @@ class _Planner:
         model_file = Term("base model", self.file, "disk")
         phases = [self.loading(), *phases]
         if self.job.accelerator == "cpu":
-            phases = _with_holes(_with_compiled(phases))
+            phases = with_holes(with_compiled(phases))
         return StagePlan(self.job, tuple(phases), (model_file, *disk))
 
     def loading(self) -> Phase:
         """The model's file is mapped; what is not used as it is in the file is copied."""
-        if self.job.accelerator == "cpu" and self.shared and not self.job.quantization:
-            terms = [*self.base, Term("base model's file, mapped", self.weights, "host")]
-        else:
-            file = Term("base model's file, mapped", self.file, "host")
-            terms = [*self.base, file, Term("base weights", self.weights)]
-        return Phase("loading the base", tuple(terms))
+        file = Term("base model's file, mapped", self.file, "host")
+        copied = self.weights
+        if self.job.accelerator == "cpu" and self.shared:
+            copied -= self._unquantised() if self.job.quantization else self.weights
+        weights = (Term("base weights", copied),) if copied else ()
+        return Phase("loading the base", (*self.base, file, *weights))
 
     def standing(self) -> list[Term]:
         """What is there in every phase after loading."""
@@ -380,24 +297,3 @@ class _Planner:
 def _phase(name: str, standing: Iterable[Term], step: Pass) -> Phase:
     terms = [Term(kind, size) for kind, size in step.peak.items()]
     return Phase(name, (*standing, *terms), step.products, step.small)
-
-
-def _with_holes(phases: Iterable[Phase]) -> list[Phase]:
-    """Add what is free between the blocks of glibc's heap, and stays resident."""
-    result = []
-    for phase in phases:
-        holes = Term("holes in glibc's heap", int(heap_holes() * phase.small), "host")
-        result.append(replace(phase, terms=(*phase.terms, holes) if holes.size else phase.terms))
-    return result
-
-
-def _with_compiled(phases: Iterable[Phase]) -> list[Phase]:
-    """Add the products that a CPU has compiled up to each phase; they stay."""
-    result = []
-    seen: set[tuple[Any, ...]] = set()
-    for phase in phases:
-        seen |= phase.products
-        size = COMPILED * min(len(seen), MOST_COMPILED)
-        compiled = (Term("products compiled by oneDNN", size, "host"),) if size else ()
-        result.append(replace(phase, terms=(*phase.terms, *compiled)))
-    return result

@@ -6,8 +6,9 @@ import pytest
 
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import parameter_bytes
+from sst_lightning.planner.cpu import HOLES
 from sst_lightning.planner.job import Reading
-from sst_lightning.planner.program import HOLES
+from sst_lightning.planner.quantised import nf4_bytes
 from sst_lightning.planner.stages import CUDA_CONTEXT, plan_stage
 from tests.planner.jobs import fit_job, merge_job
 
@@ -193,3 +194,20 @@ def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture, monkeypatch
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     mapped = plan_stage(fit_job(nano, dtype="bfloat16"), architecture, PROGRAM)
     assert "holes in glibc's heap" not in sizes(phase(mapped, "training step").terms)
+
+
+def test_4_bits_on_a_cpu_share_the_mapped_file_and_copy_only_what_is_quantised(nano, architecture):
+    job = fit_job(nano, quantization="nf4")
+    plan = plan_stage(job, architecture, PROGRAM)
+    model = architecture.build("float32")
+    file = 4 * sum(p.numel() for p in model.parameters())
+    shapes = [m.weight.shape for n, m in model.named_modules() if n in job.adapters[0].modules]
+    quantised = sum(nf4_bytes(shape.numel()) for shape in shapes)
+    loading = sizes(phase(plan, "loading the base").terms)
+    assert loading["base model's file, mapped"] == file
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert loading["base weights"] == quantised + buffers
+    # Where the dtype is another than the file's, everything is a copy beside it.
+    other = plan_stage(replace(job, dtype="bfloat16"), architecture, PROGRAM)
+    rest = (file - 4 * sum(shape.numel() for shape in shapes)) // 2
+    assert sizes(phase(other, "loading the base").terms)["base weights"] == quantised + rest + buffers

@@ -1,0 +1,49 @@
+"""What a CPU has in memory beside tensors: holes in glibc's heap, products compiled by oneDNN."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from sst_lightning.planner.phase import Phase, Term
+
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+SMALL_THRESHOLD = 1 << 20
+HOLES = 0.5
+"""Share of a pass's blocks below 32 MiB that glibc's heap has in holes beside them: what peaks are
+above those with MALLOC_MMAP_THRESHOLD_=131072 (SmolLM2, 4 x 256 tokens, bf16, glibc 2.36: .49 in two
+fits, .56 with gradient checkpointing)."""
+COMPILED = 600 * 1024
+"""Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
+MOST_COMPILED = 1024
+"""Entries of oneDNN's cache of compiled products."""
+
+
+def heap_holes() -> float:
+    """Return the memory in the heap's holes, as a share of the tensors that are in the heap.
+
+    None where the environment has glibc map every larger block on its own.
+    """
+    threshold = os.environ.get(THRESHOLD, "")
+    return 0.0 if threshold.isdigit() and int(threshold) <= SMALL_THRESHOLD else HOLES
+
+
+def with_holes(phases: Iterable[Phase]) -> list[Phase]:
+    """Add what is free between the blocks of glibc's heap, and stays resident."""
+    result = []
+    for phase in phases:
+        holes = Term("holes in glibc's heap", int(heap_holes() * phase.small), "host")
+        result.append(replace(phase, terms=(*phase.terms, holes) if holes.size else phase.terms))
+    return result
+
+
+def with_compiled(phases: Iterable[Phase]) -> list[Phase]:
+    """Add the products that a CPU has compiled up to each phase; they stay."""
+    result = []
+    seen: set[tuple[Any, ...]] = set()
+    for phase in phases:
+        seen |= phase.products
+        size = COMPILED * min(len(seen), MOST_COMPILED)
+        compiled = (Term("products compiled by oneDNN", size, "host"),) if size else ()
+        result.append(replace(phase, terms=(*phase.terms, *compiled)))
+    return result
