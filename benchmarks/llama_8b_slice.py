@@ -4,10 +4,15 @@
 
 A model of one layer and one of two, of full width and vocabulary (4096 and 14336, 128,256 tokens,
 untied), go through fit, validate with a FisherCollector, merge with its evaluation, and test, in
-bf16 and in NF4 (which a CPU computes in fp32). Every stage is a process of its own; its peak is
-VmHWM of /proc/self/status. The difference of the two models is what a layer costs; 31 times that,
-added to the first model, predicts the full one, which is printed beside the planner's figures for
-the same command. The last line is one JSON object; memory is bytes, time seconds.
+bf16 and in NF4 (which a CPU computes in fp32). Every stage is a process of its own. The difference of
+the two models is what a layer costs; 31 times that, added to the first model, predicts the full one,
+which is printed beside the planner's figures for the same command. The last line is one JSON object;
+memory is bytes, time seconds.
+
+"Measured" is the peak of memory that is not of files, the libraries' pages and the whole of the
+model's file. The weights are pages of that mapped file, and how many of them are resident is the
+kernel's choice, which in so small a model hides what a layer costs: the two tables of the vocabulary
+come in by pieces of any size. "Peak" is all that was resident.
 
 Sequences are short and few (--tokens, --rows), because the machine may be small: activations of
 longer ones are the planner's to predict. On a shared machine trust CPU seconds, not seconds.
@@ -163,7 +168,9 @@ def run(folder: Path, storage: str, options: argparse.Namespace) -> dict[str, di
             figures = measure(arguments)
             entry[f"seconds_{layers}"] = time.perf_counter() - began
             entry[f"cpu_seconds_{layers}"] = figures["cpu_seconds"]
-            entry[f"measured_{layers}"] = figures["peak"]
+            entry[f"peak_{layers}"] = figures["peak"]
+            file = (base / "model.safetensors").stat().st_size
+            entry[f"measured_{layers}"] = figures["anonymous"] + figures["libraries"] + file
             entry[f"predicted_{layers}"] = predict(arguments)["memory"]
             print(f"{storage} {stage} {layers}: {json.dumps(entry)}", flush=True)
     for stage, arguments in stages(folder, LAYERS, str(full), storage, options).items():
@@ -189,8 +196,9 @@ def table(storage: str, result: dict[str, dict[str, Any]]) -> list[str]:
             f"{entry[f'measured_{n}'] / MIB:,.0f} / {entry[f'predicted_{n}'] / MIB:,.0f}"
             for n in (1, 2, "layer", LAYERS)
         ]
+        peaks = " / ".join(f"{entry[f'peak_{n}'] / MIB:,.0f}" for n in (1, 2))
         times = [f"{entry[f'cpu_seconds_{n}']:.0f}" for n in (1, 2, "layer", LAYERS)]
-        lines.append(f"| {storage} {stage} | {' | '.join(sizes)} | {' | '.join(times)} |")
+        lines.append(f"| {storage} {stage} | {' | '.join([*sizes, peaks, *times])} |")
     return lines
 
 
@@ -218,8 +226,10 @@ def main() -> None:
     results = {storage: run(folder, storage, options) for storage in options.storage}
     columns = [f"{n} layer{'s' * (n > 1)}" for n in (1, 2)]
     heads = [*columns, "each layer", f"{LAYERS} layers"]
-    print("| | " + " | ".join([f"{h}, MiB" for h in heads] + [f"{h}, CPU s" for h in heads]) + " |")
-    print("|---" * 9 + "|")
+    titles = [f"{head}, measured / planned MiB" for head in heads]
+    titles += ["peaks of 1 and 2 layers, MiB", *(f"{head}, CPU s" for head in heads)]
+    print("| | " + " | ".join(titles) + " |")
+    print("|---" * (1 + len(titles)) + "|")
     for storage, result in results.items():
         print("\n".join(table(storage, result)))
     print(json.dumps(results))

@@ -3,10 +3,9 @@
     python benchmarks/plan_vs_measured.py --folder /tmp/plan
 
 Each run is a process of its own, and so is each prediction, which is made before anything has run.
-Measured is VmHWM of /proc/self/status, the most memory a process ever had resident: unlike
-``getrusage`` it starts at zero with the program. It includes Python and its libraries, and so does the
-prediction, as its term "program"; "net" is without it. Ratios are predicted / measured. The last
-line is one JSON object.
+Measured is the peak of resident memory (``measured_run.py``). It includes Python and its libraries,
+and so does the prediction, as its term "program"; "net" is without it. Ratios are predicted /
+measured. The last line is one JSON object.
 """
 
 import argparse
@@ -19,9 +18,6 @@ from typing import Any
 
 MIB = 1 << 20
 CONFIGS = Path(__file__).parents[1] / "configs"
-LOCK = 1 | 2 | 4
-"""MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT: what was touched once stays resident. Where a kernel takes back
-pages of mapped files that have not been used for a while, a peak is not what a run has used."""
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
@@ -139,24 +135,9 @@ def runs(folder: Path, base: str, options: argparse.Namespace) -> dict[str, list
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
-    """Run a command in a new process.
-
-    Returns:
-        ``peak``: its largest resident memory in bytes; ``cpu_seconds`` that it took in all.
-    """
-    code = (
-        "import ctypes, json, re, resource, sys\n"
-        f"if ctypes.CDLL(None).mlockall({LOCK}):\n"
-        "    print('pages cannot be locked: the kernel may take some back', file=sys.stderr)\n"
-        "from sst_lightning.cli.main import main\n"
-        "code = main(sys.argv[1:])\n"
-        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print()\n"
-        "print(json.dumps({'peak': 1024 * int(peak), 'cpu_seconds': used.ru_utime + used.ru_stime}))\n"
-        "sys.exit(code)\n"
-    )
-    figures: dict[str, float] = json.loads(python(["-c", code, *arguments]).splitlines()[-1])
+    """Run a command in a new process; return what ``measured_run.py`` says of it."""
+    output = python([str(Path(__file__).with_name("measured_run.py")), *arguments])
+    figures: dict[str, float] = json.loads(output.splitlines()[-1])
     return figures
 
 

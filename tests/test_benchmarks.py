@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import mmap
 import os
 import shutil
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -155,7 +157,7 @@ def test_fit_vs_trl(tmp_path, monkeypatch, capsys):
 def in_this_process(arguments):
     """Run a command without a process of its own, which takes seconds to start."""
     assert command_line(arguments) == 0
-    return {"peak": 1 << 30, "cpu_seconds": 1.0}
+    return {"peak": 1 << 30, "anonymous": 1 << 28, "libraries": 1 << 20, "cpu_seconds": 1.0}
 
 
 def captured(arguments):
@@ -164,6 +166,36 @@ def captured(arguments):
     with redirect_stdout(output):
         assert command_line(arguments[2:]) == 0
     return output.getvalue()
+
+
+def test_pages_of_files_are_told_from_other_memory(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = import_module("measured_run")
+    size = 64 << 20
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    before = benchmark.resident()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert not any(mapped[:: mmap.PAGESIZE])
+        block = b"1" * size
+        pages, files = (
+            after - old for after, old in zip(benchmark.resident(), before, strict=True)
+        )
+    assert len(block) == size
+    # A byte of every page was read one by one, so their objects and other threads move some pages.
+    assert files == pytest.approx(size, rel=0.05)
+    assert pages - files == pytest.approx(size, rel=0.05)
+
+
+def test_a_measured_run():
+    """A command that loads no model."""
+    command = [sys.executable, str(BENCHMARKS / "measured_run.py"), "methods"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert list(figures) == ["peak", "anonymous", "libraries", "cpu_seconds"]
+    assert 0 < figures["anonymous"] < figures["peak"]
+    assert 0 < figures["libraries"] < figures["peak"]
+    assert figures["cpu_seconds"] > 0
 
 
 def test_plan_vs_measured(tmp_path, monkeypatch, capsys):
@@ -200,9 +232,12 @@ def test_llama_8b_slice(tmp_path, monkeypatch, capsys):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(summary) == ["bf16"]
     assert list(summary["bf16"]) == ["fit", "validate"]
+    files = [(tmp_path / f"out/model-{n}/model.safetensors").stat().st_size for n in (1, 2)]
     for entry in summary["bf16"].values():
-        assert entry["measured_layer"] == 0
-        assert entry["measured_32"] == entry["measured_1"]
+        assert entry["peak_1"] == 1 << 30
+        assert entry["measured_1"] == (1 << 28) + (1 << 20) + files[0]
+        assert entry["measured_layer"] == files[1] - files[0] > 0
+        assert entry["measured_32"] == entry["measured_1"] + 31 * entry["measured_layer"]
         assert entry["predicted_layer"] > 0
         assert entry["predicted_32"] > entry["predicted_2"] > entry["predicted_1"]
 

@@ -210,4 +210,6 @@ def test_4_bits_on_a_cpu_share_the_mapped_file_and_copy_only_what_is_quantised(n
     # Where the dtype is another than the file's, everything is a copy beside it.
     other = plan_stage(replace(job, dtype="bfloat16"), architecture, PROGRAM)
     rest = (file - 4 * sum(shape.numel() for shape in shapes)) // 2
-    assert sizes(phase(other, "loading the base").terms)["base weights"] == quantised + rest + buffers
+    assert (
+        sizes(phase(other, "loading the base").terms)["base weights"] == quantised + rest + buffers
+    )
