@@ -8,11 +8,13 @@ The last line it prints is a JSON object, in bytes and seconds:
   ``getrusage`` it starts at zero with the program.
 - ``anonymous``: the most memory beside pages of files, sampled a hundred times a second. How much of a
   mapped file is resident is the kernel's choice, this is not.
-- ``libraries``: resident pages of files when the program has been imported.
+- ``libraries``: resident pages of files that hold no tensors, when the command has ended.
 - ``cpu_seconds``: of all threads.
 """
 
 import ctypes
+import errno
+import itertools
 import json
 import mmap
 import re
@@ -22,9 +24,8 @@ import threading
 import time
 from pathlib import Path
 
-LOCK = 1 | 2 | 4
-"""MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT: what was touched once stays resident. Where a kernel takes back
-pages of mapped files that have not been used for a while, a peak is not what a run has used."""
+LOCK_ON_FAULT = 1
+"""Flag of mlock2: a page that was touched stays resident."""
 INTERVAL = 0.01
 PROC = Path("/proc/self")
 
@@ -35,38 +36,75 @@ def resident() -> tuple[int, int]:
     return int(fields[1]) * mmap.PAGESIZE, int(fields[2]) * mmap.PAGESIZE
 
 
-class AnonymousPeak(threading.Thread):
-    """Samples the memory of this process that is not of files."""
+def libraries() -> int:
+    """Return the bytes of resident pages of files other than safetensors."""
+    total, counted = 0, False
+    for line in (PROC / "smaps").read_text(encoding="utf-8").splitlines():
+        key, _, rest = line.partition(" ")
+        if not key.endswith(":"):  # the head of a mapping: addresses, and last its file
+            path = rest.partition("/")[2]
+            counted = bool(path) and not path.endswith(".safetensors")
+        elif key == "Rss:" and counted:
+            total += 1024 * int(rest.split()[0])
+    return total
+
+
+class Sampler(threading.Thread):
+    """Notes the memory of this process that is not of files, and keeps pages of files resident.
+
+    Where a kernel takes back pages of mapped files that have not been used for a while, a peak would
+    not be what a run has used. Other memory must not be locked: the C library could not give it back.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak = 0
+        self.locked: set[str] = set()
+        self.refused = False
 
     def run(self) -> None:
         """Sample until the process ends."""
-        while True:
+        for sample in itertools.count():
             pages, files = resident()
             self.peak = max(self.peak, pages - files)
+            if sample % 10 == 0:
+                self.lock_files()
             time.sleep(INTERVAL)
+
+    def lock_files(self) -> None:
+        """Lock the mappings of files that are new."""
+        lock = ctypes.CDLL(None, use_errno=True).mlock2
+        found = set()
+        for line in (PROC / "maps").read_text(encoding="utf-8").splitlines():
+            where, _, _, _, _, *path = line.split(maxsplit=5)
+            if not path or not path[0].startswith("/"):
+                continue
+            found.add(where)
+            if where not in self.locked:
+                start, end = (int(address, 16) for address in where.split("-"))
+                size = ctypes.c_size_t(end - start)
+                failed = lock(ctypes.c_void_p(start), size, LOCK_ON_FAULT)
+                # A mapping may have gone meanwhile.
+                self.refused |= bool(failed) and ctypes.get_errno() != errno.ENOMEM
+        self.locked = found
 
 
 def main() -> None:
     """Run the command and exit with its code."""
-    if ctypes.CDLL(None).mlockall(LOCK):
-        print("pages cannot be locked: the kernel may take some back", file=sys.stderr)
     from sst_lightning.cli.main import main as program
 
-    _, libraries = resident()
-    sampler = AnonymousPeak()
+    sampler = Sampler()
     sampler.start()
     code = program(sys.argv[1:])
     found = re.search(r"VmHWM:\s+(\d+)", (PROC / "status").read_text(encoding="ascii"))
     assert found is not None
     used = resource.getrusage(resource.RUSAGE_SELF)
+    if sampler.refused:
+        print("pages cannot be locked: the kernel may have taken some back", file=sys.stderr)
     figures = {
         "peak": 1024 * int(found[1]),
         "anonymous": sampler.peak,
-        "libraries": libraries,
+        "libraries": libraries(),
         "cpu_seconds": used.ru_utime + used.ru_stime,
     }
     print()

@@ -195,6 +195,8 @@ def test_a_measured_run():
     assert list(figures) == ["peak", "anonymous", "libraries", "cpu_seconds"]
     assert 0 < figures["anonymous"] < figures["peak"]
     assert 0 < figures["libraries"] < figures["peak"]
+    # torch's library alone.
+    assert figures["libraries"] > 32 << 20
     assert figures["cpu_seconds"] > 0
 
 

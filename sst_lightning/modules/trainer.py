@@ -19,6 +19,7 @@ from sst_lightning.data.safety_utility import SafetyUtilityData
 from sst_lightning.modules.budget import Budget, check_limit, variants
 from sst_lightning.modules.checkpoint_files import AtomicCheckpointIO
 from sst_lightning.modules.comparison import RESULTS, Comparison
+from sst_lightning.modules.heap import ReleaseFreeMemory
 from sst_lightning.modules.interruption import StopOnSignal
 from sst_lightning.modules.merge import MergeModule
 from sst_lightning.modules.merging import check_methods
@@ -34,8 +35,9 @@ DEFAULT_ALPHAS = [0.5, 1.0, 2.0, 3.5]
 class SSTTrainer(Trainer):
     """Lightning's Trainer plus ``merge``, ``compare`` and a strategy ``fsdp`` that is FSDP2.
 
-    It ends at SIGTERM and Ctrl-C where a run can be continued (:class:`StopOnSignal`), and writes and
-    reads checkpoints with :class:`AtomicCheckpointIO`.
+    It ends at SIGTERM and Ctrl-C where a run can be continued (:class:`StopOnSignal`), gives back the
+    memory that a pass has freed (:class:`ReleaseFreeMemory`), and writes and reads checkpoints with
+    :class:`AtomicCheckpointIO`.
 
     Args:
         strategy: Lightning's argument; ``fsdp`` means :class:`FullyShardedStrategy`.
@@ -45,7 +47,7 @@ class SSTTrainer(Trainer):
     def __init__(self, *, strategy: str | Strategy = "auto", **kwargs: Any) -> None:
         super().__init__(strategy=named_strategy(strategy), **kwargs)
         # After the checkpoint callbacks: what a batch leaves to save is saved first.
-        self.callbacks.append(StopOnSignal())  # type: ignore[attr-defined]
+        self.callbacks += [ReleaseFreeMemory(), StopOnSignal()]  # type: ignore[attr-defined]
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 
