@@ -76,6 +76,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         move_folder(temporary, path)
+    except DiskFullError as error:
+        # A file in it that was written atomically names the temporary folder.
+        raise DiskFullError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
