@@ -326,3 +326,42 @@ def test_qlora_step_on_the_cpu(nano):
     trainer_for(max_epochs=1).fit(module, loader())
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert all(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)
+
+
+class LearningRates(Callback):
+    """Notes what the optimizer's groups are about to be stepped with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen += [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def test_a_resumed_run_goes_on_with_the_learning_rate_it_is_given(nano, uninterrupted):
+    """At its place in the schedule: as the rest of a run that had that rate from the start."""
+    checkpoint = uninterrupted[2] / "epoch=0-step=2.ckpt"
+    options = {"learning_rate": 3e-3, "weight_decay": 0.5}
+    seen = []
+    for path in (None, checkpoint):
+        rates = LearningRates()
+        trainer = trainer_for(rates)
+        trainer.fit(module_for(nano, **options), loader(), ckpt_path=path, weights_only=True)
+        seen.append(rates.seen)
+    factor = warmup_then_decay(6, 0.1, "linear")
+    assert seen[0] == [(pytest.approx(3e-3 * factor(step)), 0.5) for step in range(6)]
+    assert seen[1] == [(pytest.approx(rate), decay) for rate, decay in seen[0][2:]]
+
+
+def test_weights_that_are_not_finite_are_not_saved(nano, tmp_path):
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer, module, *arguments):
+            if trainer.global_step == 2:
+                weight = next(p for n, p in module.named_parameters() if "lora_B" in n)
+                weight.data[0, 0] = float("inf")
+
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = trainer_for(Spoil(), every)
+    with pytest.raises(FloatingPointError, match=r"1 LoRA weights are not finite after step 2, .*B"):
+        trainer.fit(module_for(nano), loader())
+    assert [path.name for path in tmp_path.iterdir()] == ["step=1.ckpt"]
