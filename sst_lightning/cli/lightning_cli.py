@@ -158,7 +158,6 @@ def run_lightning(
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=ConfigRecord,
-            save_config_kwargs={"overwrite": True},
             args=complete_method_names(inline_suites(_shipped(arguments))),
         )
     finally:

@@ -362,6 +362,8 @@ def test_weights_that_are_not_finite_are_not_saved(nano, tmp_path):
 
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = trainer_for(Spoil(), every)
-    with pytest.raises(FloatingPointError, match=r"1 LoRA weights are not finite after step 2, .*B"):
+    with pytest.raises(
+        FloatingPointError, match=r"1 LoRA weights are not finite after step 2, .*B"
+    ):
         trainer.fit(module_for(nano), loader())
     assert [path.name for path in tmp_path.iterdir()] == ["step=1.ckpt"]
