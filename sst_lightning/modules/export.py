@@ -34,6 +34,7 @@ from sst_lightning.modules.nf4 import (
     is_stored_in_4_bits,
     quantised_modules,
     read_4_bits,
+    shape_of_4_bits,
     through_nf4,
 )
 from sst_lightning.report.export_summary import export_losses
@@ -239,7 +240,7 @@ def _through_nf4(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _shape(files: WeightFiles, key: str) -> tuple[int, ...]:
     if is_stored_in_4_bits(files, key):
-        return tuple(read_4_bits(files, key).shape)
+        return shape_of_4_bits(files, key)
     return files.shape_of(key)
 
 

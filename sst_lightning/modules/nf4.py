@@ -1,5 +1,7 @@
 """4-bit weights (NF4) as plain numbers: as bitsandbytes computes with them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,22 +70,44 @@ def belongs_to_4_bits(files: WeightFiles, key: str) -> bool:
     return is_stored_in_4_bits(files, weight)
 
 
+def shape_of_4_bits(files: WeightFiles, key: str) -> tuple[int, ...]:
+    """Return (d_out, d_in) of a 4-bit weight of a model folder, from its description.
+
+    Raises:
+        BackboneError: the description is damaged.
+    """
+    with _says_what_is_damaged(files, key):
+        return tuple(_quant_state(files, key).shape)
+
+
 def read_4_bits(files: WeightFiles, key: str) -> Tensor:
     """Return a 4-bit weight of a model folder, (d_out, d_in), in the dtype it is computed in.
 
     Raises:
-        BackboneError: the description of the weight is damaged.
+        BackboneError: the weight or its description is damaged.
     """
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    state: dict[str, Any] = {
+    with _says_what_is_damaged(files, key):
+        return dequantize_4bit(files.tensor(key), _quant_state(files, key))
+
+
+def _quant_state(files: WeightFiles, key: str) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    state = {
         name.removeprefix(f"{key}."): files.tensor(name)
         for name in files.files
         if name.startswith(f"{key}.")
     }
+    return QuantState.from_dict(state, torch.device("cpu"))
+
+
+@contextmanager
+def _says_what_is_damaged(files: WeightFiles, key: str) -> Iterator[None]:
     try:
-        return dequantize_4bit(files.tensor(key), QuantState.from_dict(state, torch.device("cpu")))
-    except (ValueError, KeyError, AssertionError, RuntimeError) as error:
+        yield
+    except (ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise BackboneError(
             f"{files.files[key]}: the 4-bit weight '{key}' cannot be read ({error}); copy the model "
             "again"

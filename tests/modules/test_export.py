@@ -178,11 +178,25 @@ def test_modules_without_an_adapter_go_through_4_bits_too(nano, tmp_path):
     assert torch.equal(written["model.embed_tokens.weight"], embeddings)
 
 
-def test_a_base_stored_in_4_bits_is_dequantised(nano, adapter, tmp_path):
-    model = load_backbone(nano, "float32", quantization="nf4")
-    model.save_pretrained(tmp_path / "stored")
-    nano_tokenizer().save_pretrained(tmp_path / "stored")
-    record = export_weights(str(tmp_path / "stored"), adapter, tmp_path / "full", "float32")
+def save_in_4_bits(nano, folder):
+    load_backbone(nano, "float32", quantization="nf4").save_pretrained(folder)
+    nano_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_base_stored_in_4_bits_is_dequantised(nano, adapter, tmp_path, monkeypatch):
+    save_in_4_bits(nano, tmp_path / "stored")
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return dequantize_4bit(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr("bitsandbytes.functional.dequantize_4bit", counted)
+        record = export_weights(str(tmp_path / "stored"), adapter, tmp_path / "full", "float32")
+    # Shapes are read, each weight is dequantised once.
+    assert len(calls) == 2 * len(PROJECTIONS)
     assert record["quantization"] == "stored"
     exported = plain(tmp_path / "full")
     assert not getattr(exported, "is_quantized", False)
@@ -191,6 +205,20 @@ def test_a_base_stored_in_4_bits_is_dequantised(nano, adapter, tmp_path):
     torch.testing.assert_close(logits(exported), expected, atol=1e-3, rtol=0)
     with pytest.raises(BackboneError, match="4 bits already"):
         export_weights(str(tmp_path / "stored"), adapter, tmp_path / "twice", quantization="nf4")
+
+
+def test_a_damaged_description_of_a_4_bit_weight_is_named(nano, adapter, tmp_path):
+    path = save_in_4_bits(nano, tmp_path / "stored") / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state = f"{name}.quant_state.bitsandbytes__nf4"
+    tensors[state] = tensors[state][:9]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        BackboneError, match=rf"4-bit weight '{name}' cannot be read .*copy the model"
+    ):
+        export_weights(str(tmp_path / "stored"), adapter, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
