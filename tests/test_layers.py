@@ -1,10 +1,10 @@
 """Imports go one way, as docs/architecture.md says: also those inside functions."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).parents[1]
 LIGHTNING = {"data", "metrics", "suites", "modules", "planner", "report", "callbacks"}
