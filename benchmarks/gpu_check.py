@@ -41,7 +41,7 @@ import yaml
 from plan_vs_measured import CONFIGS, MIB, both, predict, write_data
 from run_differences import differences
 
-from sst_lightning.planner.stages import CUDA_CONTEXT
+from sst_lightning.planner.base import CUDA_CONTEXT
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("fit", "validate", "merge", "test")

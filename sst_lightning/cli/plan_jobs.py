@@ -13,6 +13,7 @@ from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.likelihood import HEAD_POSITIONS
 from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 from sst_lightning.modules.merge import MergeModule
+from sst_lightning.modules.strategies import NAMES, SHARDED_STAGES
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.planner.architecture import Architecture, PlanError
 from sst_lightning.planner.job import ASSUMED_RANK, Accelerator, Adapter, Job, Reading, Stage
@@ -124,8 +125,14 @@ class _Reader:
         self.linears = list(linear_shapes(architecture.build()))
         if str(trainer.precision) not in ("32-true", "32", "None"):
             raise PlanError(f"trainer.precision {trainer.precision} is not planned: only 32-true")
-        if "fsdp" in str(trainer.strategy) or "deepspeed" in str(trainer.strategy):
-            raise PlanError(f"trainer.strategy {trainer.strategy} is not planned: only ddp")
+        strategy = str(trainer.strategy)
+        self.sharded = strategy == "fsdp"
+        if strategy not in NAMES:
+            raise PlanError(f"trainer.strategy {strategy} is not planned: only ddp and fsdp")
+        if self.sharded and stage not in SHARDED_STAGES:
+            raise PlanError(f"trainer.strategy fsdp is for {' and '.join(SHARDED_STAGES)} alone")
+        if self.sharded and model.quantization is not None:
+            raise PlanError("trainer.strategy fsdp cannot shard a base in 4 bits: use ddp")
 
     def common(self) -> Job:
         attention = self.model.attention
@@ -141,10 +148,21 @@ class _Reader:
             quantization=self.model.quantization,
             accelerator=self.accelerator,
             processes=_processes(self.trainer.devices),
+            shards=self.shards() if self.sharded else 1,
             batch_size=1 if self.suites else self.needed(self.data, "batch_size"),
             tokens=tokens,
             labelled=labelled,
         )
+
+    def shards(self) -> int:
+        """Processes of all nodes, among which ``fsdp`` divides the layers."""
+        count = _processes(self.trainer.devices) * int(self.trainer.num_nodes)
+        if count == 1:
+            raise PlanError(
+                "trainer.strategy fsdp divides the model among processes: say how many with "
+                f"trainer.devices (it is {self.trainer.devices})"
+            )
+        return count
 
     def longest(self) -> int:
         """``max_length`` of the data, or of its longest part."""
@@ -227,7 +245,16 @@ class _Reader:
             at_merge=again if iterates else (),
             merges=1,
             readings=readings,
+            served_on=self.served_on(job) if config.evaluate else (),
         )
+
+    def served_on(self, job: Job) -> tuple[tuple[str, str | None], ...]:
+        """The storages of ``model.served_on``, where there is one beside the merge's own."""
+        storages: tuple[tuple[str, str | None], ...] = tuple(
+            (self.model.dtype, "nf4") if name == "nf4" else (name, None)
+            for name in self.model.served_on or ()
+        )
+        return () if storages == ((job.dtype, job.quantization),) else storages
 
     def test(self, job: Job) -> Job:
         adapters = () if self.model.adapter is None else (self.folder(self.model.adapter),)
@@ -276,7 +303,7 @@ class _Reader:
                 "likelihood": min(HEAD_POSITIONS, sequences * tokens),
             }[kind.measure]
             result.append(
-                Reading(f"suite {name}", sequences, max(1, tokens - answer), scored, answer)
+                Reading(f"suite {name}", sequences, max(1, tokens - answer), scored, answer, True)
             )
         return tuple(result)
 

@@ -82,7 +82,7 @@ def enough(
 
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.quantization is None:
+    if job.quantization is None and job.shards == 1:
         yield "4-bit base (model.quantization: nf4)", replace(job, quantization="nf4")
     if job.attention == "eager":
         yield "fused attention (model.attention: sdpa)", replace(job, attention="sdpa")
@@ -104,6 +104,12 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
             for r in job.readings
         )
         yield text + ")", replace(job, batch_size=half, accumulate=accumulate, readings=scoring)
+    own = (job.dtype, job.quantization)
+    if any(storage != own for storage in job.served_on):
+        yield (
+            f"measure on the merge's own base alone (served_on: [{job.quantization or job.dtype}])",
+            replace(job, served_on=()),
+        )
     largest = max((r.sequences for r in job.readings if r.answer), default=1)
     if largest > 1:
         half = largest // 2

@@ -35,6 +35,7 @@ class Reading:
         tokens: tokens of the longest sequence.
         scored: positions of a batch whose logits are in memory together.
         answer: most tokens of an answer; 0 without answers.
+        suite: of an evaluation suite, which runs on the first storage of the base alone.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Reading:
     tokens: int
     scored: int
     answer: int
+    suite: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Job:
         attention: ``sdpa`` or ``eager``.
         quantization: ``nf4``, or none.
         accelerator: where the model is.
-        processes: processes on this machine; each has a whole model.
+        processes: processes on this machine; each has a whole model, unless it is sharded.
+        shards: processes that the decoder layers are divided among; 1 where they are not.
         batch_size: sequences of a batch in training and Fisher passes.
         tokens: tokens of the longest of them.
         labelled: positions of a sequence that predict a label.
@@ -74,6 +77,8 @@ class Job:
         block_samples: sequences of a block, of all processes together.
         memory_budget_gib: GiB of gradients that a process keeps.
         reads_fishers: whether a merge reads ``samples`` from Fisher files.
+        served_on: dtype and quantization of the bases that a merge's models are read on, the first
+            one with suites; empty for its own base alone.
     """
 
     stage: Stage
@@ -100,3 +105,5 @@ class Job:
     block_samples: int = 64
     memory_budget_gib: float = 4.0
     reads_fishers: bool = False
+    shards: int = 1
+    served_on: tuple[tuple[str, str | None], ...] = ()

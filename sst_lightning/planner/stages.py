@@ -1,24 +1,22 @@
 """The phases of each stage, and what is in memory in them."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
 from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.modules.collection_limits import CollectionLimits
-from sst_lightning.planner.architecture import Architecture, parameter_bytes
+from sst_lightning.planner.architecture import Architecture
+from sst_lightning.planner.base import Base
 from sst_lightning.planner.cpu import with_compiled, with_holes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
+    GRADIENTS,
     Pass,
     core_shapes,
     fisher_step,
-    linear_shapes,
     reading_step,
     training_step,
 )
@@ -37,9 +35,6 @@ from sst_lightning.planner.storage import (
     paged_bytes,
 )
 
-CUDA_CONTEXT = 1 << 29
-"""CUDA context and kernels of a process, as they are usually; not measured by this project."""
-
 
 @lru_cache(maxsize=64)
 def plan_stage(job: Job, architecture: Architecture, program: int) -> StagePlan:
@@ -53,80 +48,47 @@ def plan_stage(job: Job, architecture: Architecture, program: int) -> StagePlan:
     with warnings.catch_warnings():
         # transformers warns of names that PEFT uses.
         warnings.simplefilter("ignore", FutureWarning)
-        return _Planner(job, architecture, program).plan()
+        return _Planner(job, Base(job, architecture, program)).plan()
 
 
 class _Planner:
-    def __init__(self, job: Job, architecture: Architecture, program: int) -> None:
+    def __init__(self, job: Job, base: Base) -> None:
         self.job = job
-        self.architecture = architecture
-        self.model = self.build()
-        self.shapes = linear_shapes(self.model)
-        self.core = core_shapes(self.model, job.adapters)
-        self.weights = parameter_bytes(self.model)
-        plain = architecture.build(job.dtype)
-        numbers = sum(p.numel() for p in plain.parameters())
-        stored = architecture.stored or plain.dtype
-        self.file = numbers * torch.empty((), dtype=stored).element_size()
-        self.shared = stored == plain.dtype
-        self.base = [Term("program: Python and libraries", program, "host")]
-        if job.accelerator == "gpu":
-            self.base.append(Term("CUDA context (assumed)", CUDA_CONTEXT))
-        self.adapters = {a.name: adapter_bytes(self.shapes, a) for a in job.adapters}
-
-    def build(self) -> PreTrainedModel:
-        """Return a new model on the meta device: a training step leaves its adapter in it."""
-        job = self.job
-        return self.architecture.build(job.dtype, job.attention, job.quantization, job.accelerator)
+        self.base = base
+        self.core = core_shapes(base.model, job.adapters)
+        self.adapters = {a.name: adapter_bytes(base.shapes, a) for a in job.adapters}
 
     def plan(self) -> StagePlan:
         stage = {"fit": self.fit, "validate": self.validate, "merge": self.merge, "test": self.test}
         phases, disk = stage[self.job.stage]()
-        model_file = Term("base model", self.file, "disk")
-        phases = [self.loading(), *phases]
+        model_file = Term("base model", self.base.file, "disk")
+        phases = [self.base.loading(), *phases]
         if self.job.accelerator == "cpu":
             phases = with_holes(with_compiled(phases))
         return StagePlan(self.job, tuple(phases), (model_file, *disk))
-
-    def loading(self) -> Phase:
-        """The model's file is mapped; what is not used as it is in the file is copied."""
-        file = Term("base model's file, mapped", self.file, "host")
-        copied = self.weights
-        if self.job.accelerator == "cpu" and self.shared:
-            copied -= self._unquantised() if self.job.quantization else self.weights
-        weights = (Term("base weights", copied),) if copied else ()
-        return Phase("loading the base", (*self.base, file, *weights))
-
-    def standing(self) -> list[Term]:
-        """What is there in every phase after loading."""
-        terms = [*self.base, Term("base weights", self.weights)]
-        if self.job.accelerator == "cpu" and self.shared and self.job.quantization:
-            # Weights that are not quantised are views of the file, which so stays mapped; all of it
-            # has been read.
-            own = self._unquantised()
-            terms.append(Term("base model's file, still mapped", self.file - own, "host"))
-        return terms
 
     def fit(self) -> tuple[list[Phase], list[Term]]:
         job = self.job
         (adapter,) = job.adapters
         size = self.adapters[adapter.name]
-        counts = factor_counts(self.shapes, adapter)
+        counts = factor_counts(self.base.shapes, adapter)
         state = optimizer_bytes(counts, job.optimizer)
         paged = paged_bytes(counts, job.optimizer)
+        own = math.ceil(size / job.shards)
         standing = [
-            *self.standing(),
-            Term("adapter", size),
-            Term("optimizer state", state - paged),
+            *self.base.standing(),
+            Term("adapter", own),
+            Term("optimizer state", math.ceil((state - paged) / job.shards)),
         ]
-        if job.processes > 1:
+        if job.processes > 1 and job.shards == 1:
             standing.append(Term("DDP's buckets of gradients", size))
-        gradients = Term("gradients of the adapter", size)
+        gradients = Term("gradients of the adapter", own)
         # Between updates the driver moves it out where the device is full.
         outside = [Term("optimizer state, paged out", paged, "host")] if paged else []
         inside = [Term("optimizer state, paged in", paged)] if paged else []
+        step = [*standing, *outside, *self.base.gathered(adapter)]
         phases = [
-            _phase("training step", [*standing, *outside], self.training_step()),
+            _phase("training step", step, self.training_step()),
             Phase("optimizer step", (*standing, *inside, gradients)),
         ]
         disk = [Term("adapter", size, "disk")]
@@ -140,10 +102,14 @@ class _Planner:
 
     def training_step(self) -> Pass:
         """The step; layers that are computed again leave as many holes as layers that are kept."""
-        step = training_step(self.model, self.job)
+        step = training_step(self.base.model, self.job)
         if self.job.accelerator == "cpu" and self.job.gradient_checkpointing:
-            kept = training_step(self.build(), replace(self.job, gradient_checkpointing=False))
+            kept = training_step(self.base.build(), replace(self.job, gradient_checkpointing=False))
             step = replace(step, small=kept.small)
+        if self.job.shards > 1 and GRADIENTS in step.peak:
+            # Each layer's are summed and divided as soon as they are there.
+            own = math.ceil(step.peak[GRADIENTS] / self.job.shards)
+            step = replace(step, peak={**step.peak, GRADIENTS: own})
         return step
 
     def validate(self) -> tuple[list[Phase], list[Term]]:
@@ -173,16 +139,38 @@ class _Planner:
         merged = Term("merged adapter", self.merged() * job.merges, "host")
         standing = [*standing, *kept[:1], merged]
         phases.append(Phase("verification", (*standing, *self.verification())))
-        phases += self.reading(standing)
+        phases += self.served(standing)
         disk = [Term(f"merged adapters ({job.merges})", self.merged() * job.merges, "disk")]
         return phases, [*self.fisher_disk(), *disk]
 
+    def served(self, standing: list[Term]) -> list[Phase]:
+        """Read the models on each storage of the base; that which is loaded is freed before another."""
+        own = self.job.dtype, self.job.quantization
+        storages = self.job.served_on or (own,)
+        phases = []
+        # As ``Comparison`` does: what is loaded goes first.
+        for storage in sorted(storages, key=lambda item: item != own):
+            suites = storage == storages[0]
+            if storage == own:
+                phases += self.reading(standing, self.base, suites)
+                continue
+            dtype, quantization = storage
+            base = self.base.stored_as(dtype, quantization)
+            beside = standing[len(self.base.standing()) :]
+            loading = base.loading()
+            there = [
+                replace(loading, terms=(*loading.terms, *beside)),
+                *self.reading([*base.standing(), *beside], base, suites),
+            ]
+            phases += [replace(p, name=f"{p.name}, in {quantization or dtype}") for p in there]
+        return phases
+
     def test(self) -> tuple[list[Phase], list[Term]]:
-        standing = self.standing()
+        standing = self.base.standing()
         for adapter in self.job.adapters:
             standing.append(Term("adapter", self.adapters[adapter.name]))
             standing.append(Term("adapter as it was read", self.adapters[adapter.name], "host"))
-        return self.reading(standing), self.input_disk()
+        return self.reading(standing, self.base), self.input_disk()
 
     def merging(self) -> list[Term]:
         """Standing terms of ``MergeModule``: adapters, bases, and what its hooks hold."""
@@ -191,7 +179,7 @@ class _Planner:
         # Q_out M of the current point; on a GPU also Q_in, and the copies that gradients need.
         hooks = outputs if self.job.accelerator == "cpu" else 2 * bases
         return [
-            *self.standing(),
+            *self.base.standing(),
             Term("adapters to merge", sum(self.adapters.values()), "host"),
             Term("core bases", bases, "host"),
             Term("merge in the model's hooks", hooks),
@@ -203,8 +191,10 @@ class _Planner:
         """Collect the sets one after the other, then finish them one after the other."""
         samples = list(samples)
         collected = Term(f"Fishers{where}", self.collected([n for _, n in samples]), "host")
-        step = fisher_step(self.model, self.job)
-        phases = [_phase(f"Fisher pass{where}", [*standing, collected], step)]
+        step = fisher_step(self.base.model, self.job)
+        phases = [
+            _phase(f"Fisher pass{where}", [*standing, collected, *self.base.gathered()], step)
+        ]
         most = max(count for _, count in samples)
         if self.streams:
             # Blocks and file are mapped; what is joined is in memory twice, in two orders.
@@ -254,7 +244,7 @@ class _Planner:
         """Logits of one row of each set, for every input, the merge, and what compares them."""
         job = self.job
         rows = max(len(job.samples), 2)
-        logits = FP32 * rows * job.tokens * self.model.config.vocab_size
+        logits = FP32 * rows * job.tokens * self.base.model.config.vocab_size
         inputs = len(job.adapters) + 1 + (len(job.adapters) > 2)
         return [
             Term("logits of the inputs", inputs * logits),
@@ -262,11 +252,12 @@ class _Planner:
             Term("merged adapter in PEFT", self.merged()),
         ]
 
-    def reading(self, standing: list[Term]) -> list[Phase]:
+    def reading(self, standing: list[Term], base: Base, suites: bool = True) -> list[Phase]:
         adapter = self.job.adapters[0] if self.job.stage == "test" and self.job.adapters else None
         return [
-            _phase(r.name, standing, reading_step(self.model, r, adapter))
+            _phase(r.name, standing, reading_step(base.model, r, adapter))
             for r in self.job.readings
+            if suites or not r.suite
         ]
 
     def input_disk(self) -> list[Term]:
@@ -283,15 +274,6 @@ class _Planner:
         blocks = sum(fisher_bytes(self.core, self.job.estimator, n) for _, n in self.job.samples)
         passing = [Term("blocks of unfinished Fishers", blocks, "disk")]
         return [*self.input_disk(), *files, *(passing if self.job.fisher_files else [])]
-
-    def _unquantised(self) -> int:
-        linears = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}
-        head = self.model.get_output_embeddings().weight
-        return sum(
-            p.numel() * p.element_size()
-            for p in self.model.parameters()
-            if id(p) not in linears or p is head
-        )
 
 
 def _phase(name: str, standing: Iterable[Term], step: Pass) -> Phase:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sst_lightning.planner.stages import CUDA_CONTEXT
+from sst_lightning.planner.base import CUDA_CONTEXT
 from tests.adapters import random_adapter
 from tests.cli.commands import run
 from tests.nano import nano_model, save_nano
@@ -115,6 +115,27 @@ def test_eight_billion_parameters_offline(capfd):
     assert record["memory"] < 24 * GIB
 
 
+def test_a_merge_that_is_measured_on_another_storage_and_a_model_that_is_divided(capfd):
+    """Of 8B: the evaluation on bf16 weights is the peak of a merge on 4 bits."""
+    config = ["--model", "llama-3.1-8b", "--config"]
+    (record,) = records(capfd, *config, "configs/merge_a6_a7_qlora.yaml")
+    assert record["job"]["served_on"] == [["bfloat16", None], ["bfloat16", "nf4"]]
+    assert record["peak_phase"].endswith(", in bfloat16")
+    assert record["memory"] > 2 * 8_030_000_000
+    (own,) = records(
+        capfd, *config, "configs/merge_a6_a7_qlora.yaml", "--set", "model.served_on=[nf4]"
+    )
+    assert own["job"]["served_on"] == []
+    assert own["memory"] < record["memory"]
+    whole, divided = (
+        records(capfd, *config, "configs/a6_alpaca.yaml", "--set", "trainer.devices=4", strategy)[0]
+        for strategy in ("trainer.strategy=ddp", "trainer.strategy=fsdp")
+    )
+    # A quarter of the layers and two whole ones in the place of 32.
+    layer = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
+    assert whole["memory"] - divided["memory"] > (32 - 8 - 2) * layer
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,8 +150,29 @@ def test_eight_billion_parameters_offline(capfd):
             "trainer.precision bf16-mixed is not planned",
         ),
         (
+            ["--config", "configs/a6_alpaca.yaml", "--set", "trainer.strategy=deepspeed"],
+            "trainer.strategy deepspeed is not planned: only ddp and fsdp",
+        ),
+        (
             ["--config", "configs/a6_alpaca.yaml", "--set", "trainer.strategy=fsdp"],
-            "trainer.strategy fsdp is not planned",
+            "say how many with trainer.devices",
+        ),
+        (
+            [
+                "--config",
+                "configs/test.yaml",
+                "--set",
+                "trainer.strategy=fsdp",
+                "trainer.devices=2",
+            ],
+            "trainer.strategy fsdp is for fit and validate alone",
+        ),
+        (
+            [
+                *("--config", "configs/a6_alpaca_qlora.yaml"),
+                *("--set", "trainer.strategy=fsdp", "trainer.devices=2"),
+            ],
+            "fsdp cannot shard a base in 4 bits",
         ),
         (
             ["--config", "configs/a6_alpaca.yaml", "--set", "model.target_modules=[nothing]"],

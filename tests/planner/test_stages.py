@@ -6,10 +6,11 @@ import pytest
 
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import parameter_bytes
+from sst_lightning.planner.base import CUDA_CONTEXT
 from sst_lightning.planner.cpu import HOLES
 from sst_lightning.planner.job import Reading
 from sst_lightning.planner.quantised import nf4_bytes
-from sst_lightning.planner.stages import CUDA_CONTEXT, plan_stage
+from sst_lightning.planner.stages import plan_stage
 from tests.planner.jobs import fit_job, merge_job
 
 PROGRAM = 1000
@@ -213,3 +214,83 @@ def test_4_bits_on_a_cpu_share_the_mapped_file_and_copy_only_what_is_quantised(n
     assert (
         sizes(phase(other, "loading the base").terms)["base weights"] == quantised + rest + buffers
     )
+
+
+def layers_and_rest(architecture, dtype="float32"):
+    """Bytes of one decoder layer, of all, and of what is outside of them, counted by hand."""
+    model = architecture.build(dtype)
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    layers = {
+        number: sum(s for name, s in sizes.items() if f".layers.{number}." in name)
+        for number in range(2)
+    }
+    all_layers = sum(layers.values())
+    return max(layers.values()), all_layers, sum(sizes.values()) - all_layers + buffers
+
+
+def test_layers_are_divided_among_the_processes_of_fsdp(nano, architecture):
+    layer, layers, rest = layers_and_rest(architecture)
+    job = fit_job(nano, processes=2, shards=2)
+    plan = plan_stage(job, architecture, PROGRAM)
+    lora = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    assert sizes(phase(plan, "optimizer step").terms) == {
+        "program: Python and libraries": PROGRAM,
+        "base weights": rest + layers // 2,
+        "adapter": lora // 2,
+        "optimizer state": lora,
+        "gradients of the adapter": lora // 2,
+    }
+    step = sizes(phase(plan, "training step").terms)
+    assert step["layers gathered from all processes"] == 2 * (layer + lora // 2)
+    whole = plan_stage(fit_job(nano), architecture, PROGRAM)
+    other = sizes(phase(whole, "training step").terms)
+    assert step["activations"] == other["activations"]
+    # What one process writes is whole.
+    assert sizes(plan.disk) == sizes(whole.disk)
+    # An adapter in hooks is not divided.
+    collects = plan_stage(
+        merge_job(nano, stage="validate", at_merge=(), shards=2, processes=2), architecture, PROGRAM
+    )
+    gathered = sizes(phase(collects, "Fisher pass").terms)["layers gathered from all processes"]
+    assert gathered == 2 * layer
+    # The more processes, the less each has; all load the whole base on the host.
+    gpu = {"accelerator": "gpu", "attention": "sdpa"}
+    two, four = (
+        plan_stage(fit_job(nano, processes=n, shards=n, **gpu), architecture, PROGRAM)
+        for n in (2, 4)
+    )
+    assert four.memory < two.memory
+    assert two.host_peak.size("host") == four.host_peak.size("host")
+    assert two.host_peak.size("host") == whole.disk[0].size + PROGRAM
+    # 4-bit weights are refused under fsdp, so they are no suggestion.
+    found = suggest(two, architecture, PROGRAM, device_size)
+    assert found
+    assert not any("4-bit" in item.text for item in found)
+
+
+def test_models_are_read_on_every_storage_of_the_base(nano, architecture):
+    suite = Reading("suite mmlu", 64, 128, 64, 0, suite=True)
+    readings = (Reading("scores", 64, 128, 64, 0), suite)
+    gpu = {"accelerator": "gpu", "attention": "sdpa", "dtype": "bfloat16", "readings": readings}
+    job = merge_job(nano, quantization="nf4", estimator="", at_merge=(), **gpu)
+    served = replace(job, served_on=(("bfloat16", None), ("bfloat16", "nf4")))
+    plan = plan_stage(served, architecture, PROGRAM)
+    # The merge's own base is loaded and goes first; suites run on the first that was asked for.
+    assert [p.name for p in plan.phases] == [
+        "loading the base", "verification", "scores",
+        "loading the base, in bfloat16", "scores, in bfloat16", "suite mmlu, in bfloat16",
+    ]  # fmt: skip
+    _, layers, rest = layers_and_rest(architecture, "bfloat16")
+    there = sizes(phase(plan, "scores, in bfloat16").terms)
+    assert there["base weights"] == layers + rest
+    here = sizes(phase(plan, "scores").terms)
+    assert here["base weights"] < layers + rest
+    # The adapters and the merge stay; the merge's own weights do not.
+    others = {name: size for name, size in here.items() if name in there}
+    del others["base weights"], others["activations"]
+    assert {name: there[name] for name in others} == others
+    texts = {i.text: i for i in suggest(plan, architecture, PROGRAM, device_size)}
+    own = texts["measure on the merge's own base alone (served_on: [nf4])"]
+    assert own.plan.job.served_on == ()
+    assert own.saving > 0

@@ -1,0 +1,102 @@
+"""The base model in memory: while it is loaded, after that, and while its layers are gathered."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sst_lightning.planner.architecture import Architecture, parameter_bytes
+from sst_lightning.planner.job import Adapter, Job
+from sst_lightning.planner.passes import linear_shapes
+from sst_lightning.planner.phase import Phase, Term
+from sst_lightning.planner.sharding import GATHERED, layer_bytes, share_bytes
+
+CUDA_CONTEXT = 1 << 29
+"""CUDA context and kernels of a process, as they are usually; not measured by this project."""
+
+
+class Base:
+    """A base as a job stores it.
+
+    Args:
+        job: says dtype, quantization, accelerator and shards.
+        architecture: its shapes.
+        program: bytes of the process before it has loaded anything.
+
+    Attributes:
+        model: on the meta device.
+        shapes: (d_out, d_in) of its linear layers.
+        file: bytes of its files.
+    """
+
+    def __init__(self, job: Job, architecture: Architecture, program: int) -> None:
+        self.job = job
+        self.architecture = architecture
+        self.program = program
+        self.model = self.build()
+        self.shapes = linear_shapes(self.model)
+        self.weights = share_bytes(self.model, job.shards)
+        plain = architecture.build(job.dtype)
+        numbers = sum(p.numel() for p in plain.parameters())
+        stored = architecture.stored or plain.dtype
+        self.whole = parameter_bytes(plain)
+        self.file = numbers * torch.empty((), dtype=stored).element_size()
+        self.shared = stored == plain.dtype
+        self.process = [Term("program: Python and libraries", program, "host")]
+        if job.accelerator == "gpu":
+            self.process.append(Term("CUDA context (assumed)", CUDA_CONTEXT))
+
+    def build(self) -> PreTrainedModel:
+        """Return a new model on the meta device: a training step leaves its adapter in it."""
+        job = self.job
+        return self.architecture.build(job.dtype, job.attention, job.quantization, job.accelerator)
+
+    def loading(self) -> Phase:
+        """The model's file is mapped; what is not used as it is in the file is copied."""
+        terms = [*self.process, Term("base model's file, mapped", self.file, "host")]
+        copied = self.weights
+        if self.job.shards > 1:
+            # Each process loads the whole base, which then goes to its device a layer at a time.
+            if not self.shared:
+                terms.append(Term("base weights before they are divided", self.whole, "host"))
+            terms.append(Term("a layer before it is divided", layer_bytes(self.model)))
+        elif self.job.accelerator == "cpu" and self.shared:
+            copied -= self._unquantised() if self.job.quantization else self.weights
+        weights = (Term("base weights", copied),) if copied else ()
+        return Phase("loading the base", (*terms, *weights))
+
+    def gathered(self, adapter: Adapter | None = None) -> list[Term]:
+        """What a pass gathers of the layers of other processes, where layers are divided.
+
+        Args:
+            adapter: that is divided with the layers; one in hooks is not.
+        """
+        if self.job.shards == 1:
+            return []
+        size = GATHERED * layer_bytes(self.model, self.shapes, adapter)
+        return [Term("layers gathered from all processes", size)]
+
+    def stored_as(self, dtype: str, quantization: str | None) -> "Base":
+        """Return the same base in another storage."""
+        job = replace(self.job, dtype=dtype, quantization=quantization)
+        return Base(job, self.architecture, self.program)
+
+    def standing(self) -> list[Term]:
+        """What is there in every phase after loading."""
+        terms = [*self.process, Term("base weights", self.weights)]
+        if self.job.accelerator == "cpu" and self.shared and self.job.quantization:
+            # Weights that are not quantised are views of the file, which so stays mapped; all of it
+            # has been read.
+            own = self._unquantised()
+            terms.append(Term("base model's file, still mapped", self.file - own, "host"))
+        return terms
+
+    def _unquantised(self) -> int:
+        linears = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}
+        head = self.model.get_output_embeddings().weight
+        return sum(
+            p.numel() * p.element_size()
+            for p in self.model.parameters()
+            if id(p) not in linears or p is head
+        )
