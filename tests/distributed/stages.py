@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from sst_lightning.cli.main import main
@@ -43,7 +44,14 @@ def sharded(made, folder: Path, output: Path) -> list[list[str]]:
 
     Once from the beginning, once from a checkpoint of the single process; the last has answers.
     """
-    fitting = [*fit(made, folder, output, 2), "--model.gradient_checkpointing=true"]
+    measured = {
+        "class_path": "tests.distributed.stages.Share",
+        "init_args": {"folder": str(output)},
+    }
+    fitting = [
+        *fit(made, folder, output, 2), "--model.gradient_checkpointing=true",
+        f"--trainer.callbacks={json.dumps([*json.loads(callbacks(output)), measured])}",
+    ]  # fmt: skip
     resumed = [
         *fit(made, folder, output / "resumed", 2),
         f"--ckpt_path={folder / '1' / 'checkpoints' / 'step=3.ckpt'}",
@@ -162,6 +170,32 @@ def commands(made, folder: Path, output: Path, processes: int) -> list[list[str]
             compare,
         )
     ]  # fmt: skip
+
+
+class Share(Callback):
+    """Writes how many bytes of weights, adapter and optimizer state this process holds."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, module) -> None:
+        def size(tensors) -> int:
+            own = {id(t): t.to_local() if isinstance(t, DTensor) else t for t in tensors}
+            return sum(t.numel() * t.element_size() for t in own.values())
+
+        state = trainer.optimizers[0].state.values()
+        found = {
+            "base weights": size(
+                t
+                for t in (*module.model.parameters(), *module.model.buffers())
+                if not t.requires_grad
+            ),
+            "adapter": size(p for p in module.model.parameters() if p.requires_grad),
+            "optimizer state": size(
+                t for values in state for t in values.values() if t.ndim > 0
+            ),
+        }  # fmt: skip
+        (self.folder / f"share-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
 class Losses(Callback):

@@ -18,8 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sst_lightning.algebra.adapter import LoraAdapter, relative_distance
 from sst_lightning.algebra.fisher_file import FisherStatistics
+from sst_lightning.planner.architecture import find_architecture
+from sst_lightning.planner.stages import plan_stage
 from tests.cli.test_evaluation import write_suites, write_test_config
 from tests.distributed import stages
+from tests.planner.jobs import fit_job
 from tests.small_merge import save_inputs
 
 pytestmark = pytest.mark.slow
@@ -190,6 +193,17 @@ def test_sharded_training(folder):
     assert set(moments) == set(others)
     for key, moment in moments.items():
         torch.testing.assert_close(others[key]["exp_avg"], moment["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+def test_each_process_holds_the_share_that_is_planned(folder):
+    """At rank 4, as ``fit_job``; two divides all shapes, so both hold the same."""
+    base = json.loads((folder / "made.json").read_text())["base"]
+    plan = plan_stage(fit_job(base, processes=2, shards=2), find_architecture(base), 0)
+    step = next(phase for phase in plan.phases if phase.name == "optimizer step")
+    planned = {term.name: term.size for term in step.terms}
+    for rank in range(2):
+        held = json.loads((folder / f"2/sharded/share-{rank}.json").read_text())
+        assert held == {name: planned[name] for name in held}
 
 
 def test_budget(folder):
