@@ -135,11 +135,9 @@ def disk_is_full(error: BaseException) -> bool:
     """Whether an error, of this program or of a library that writes files, is a full disk."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
-    # safetensors (Rust) and numpy.tofile tell it by their message alone.
+    # safetensors (Rust) tells it by its message alone.
     text = str(error)
-    return any(os.strerror(number) in text for number in FULL) or (
-        isinstance(error, OSError) and "requested and" in text and text.endswith("written")
-    )
+    return any(os.strerror(number) in text for number in FULL)
 
 
 @contextmanager

@@ -114,7 +114,8 @@ def write_tensors(
                 )
             # Flat, because a tensor without dimensions has no bytes to view.
             flat = tensor.detach().to(kinds[name]).contiguous().flatten()
-            flat.view(torch.uint8).numpy().tofile(file)
+            # Not ndarray.tofile: its last bytes are lost without an error where the disk is full.
+            file.write(flat.view(torch.uint8).numpy().data)
         missing = next(announced, None)
     if missing is not None:
         raise SSTMergeError(f"{path}: tensor '{missing[0]}' was announced but not given")

@@ -1,5 +1,7 @@
 """Streaming against the safetensors library."""
 
+import resource
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,3 +85,18 @@ def test_missing_and_truncated_files(tmp_path):
         file.read("b")
     with pytest.raises(SSTMergeError, match="damaged or truncated"):
         TensorFile(path)
+
+
+def test_no_byte_is_lost_without_an_error_where_the_disk_is_full(tmp_path):
+    """Wherever in the file the disk ends, in the header, in a tensor or in the last bytes."""
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, SHAPES, TENSORS.items(), {})
+    whole = path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in range(0, whole, 7):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                write_tensors(path, SHAPES, TENSORS.items(), {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
