@@ -21,6 +21,7 @@ from sst_lightning.modules.backbone import (
 from sst_lightning.modules.base_check import check_base_name, check_shapes
 from sst_lightning.modules.core_hooks import CoreInjector, InjectedCapture, Receiver
 from sst_lightning.modules.evaluation import EvaluationModule
+from sst_lightning.modules.heap import release_free_memory
 
 
 class MergeModule(EvaluationModule):
@@ -112,6 +113,7 @@ class MergeModule(EvaluationModule):
         # The last test pass: its caches of prompts hold the model.
         self.suites = self.output_store = None
         gc.collect()
+        release_free_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if storage == "nf4":
