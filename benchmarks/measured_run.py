@@ -13,7 +13,6 @@ The last line it prints is a JSON object, in bytes and seconds:
 """
 
 import ctypes
-import errno
 import itertools
 import json
 import mmap
@@ -37,16 +36,23 @@ def resident() -> tuple[int, int]:
 
 
 def libraries() -> int:
-    """Return the bytes of resident pages of files other than safetensors."""
+    """Return the bytes of resident pages of files other than safetensors, without copied ones."""
     total, counted = 0, False
     for line in (PROC / "smaps").read_text(encoding="utf-8").splitlines():
         key, _, rest = line.partition(" ")
         if not key.endswith(":"):  # the head of a mapping: addresses, and last its file
             path = rest.partition("/")[2]
             counted = bool(path) and not path.endswith(".safetensors")
-        elif key == "Rss:" and counted:
-            total += 1024 * int(rest.split()[0])
+        elif key in ("Rss:", "Anonymous:") and counted:
+            total += 1024 * int(rest.split()[0]) * (1 if key == "Rss:" else -1)
     return total
+
+
+def mapped_files() -> set[str]:
+    """Return the addresses at which files are mapped."""
+    lines = (PROC / "maps").read_text(encoding="utf-8").splitlines()
+    parts = (line.split(maxsplit=5) for line in lines)
+    return {where for where, *_, path in (p for p in parts if len(p) == 6) if path[0] == "/"}
 
 
 class Sampler(threading.Thread):
@@ -73,19 +79,13 @@ class Sampler(threading.Thread):
 
     def lock_files(self) -> None:
         """Lock the mappings of files that are new."""
-        lock = ctypes.CDLL(None, use_errno=True).mlock2
-        found = set()
-        for line in (PROC / "maps").read_text(encoding="utf-8").splitlines():
-            where, _, _, _, _, *path = line.split(maxsplit=5)
-            if not path or not path[0].startswith("/"):
-                continue
-            found.add(where)
-            if where not in self.locked:
-                start, end = (int(address, 16) for address in where.split("-"))
-                size = ctypes.c_size_t(end - start)
-                failed = lock(ctypes.c_void_p(start), size, LOCK_ON_FAULT)
-                # A mapping may have gone meanwhile.
-                self.refused |= bool(failed) and ctypes.get_errno() != errno.ENOMEM
+        lock = ctypes.CDLL(None).mlock2
+        found = mapped_files()
+        for where in found - self.locked:
+            start, end = (int(address, 16) for address in where.split("-"))
+            if lock(ctypes.c_void_p(start), ctypes.c_size_t(end - start), LOCK_ON_FAULT):
+                # Unless the mapping has gone meanwhile.
+                self.refused |= where in mapped_files()
         self.locked = found
 
 
