@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy
 
 from sst_lightning.algebra.peft_folder import read_config, targets
 from sst_lightning.modules.adapter_evaluation import AdapterEvaluation
 from sst_lightning.modules.likelihood import HEAD_POSITIONS
 from sst_lightning.modules.lora import SEVEN_PROJECTIONS
 from sst_lightning.modules.merge import MergeModule
-from sst_lightning.modules.strategies import NAMES, SHARDED_STAGES
+from sst_lightning.modules.strategies import NAMES, SHARDED_STAGES, FullyShardedStrategy
 from sst_lightning.modules.supervised import SupervisedLoRA
 from sst_lightning.planner.architecture import Architecture, PlanError
 from sst_lightning.planner.job import ASSUMED_RANK, Accelerator, Adapter, Job, Reading, Stage
@@ -125,14 +126,10 @@ class _Reader:
         self.linears = list(linear_shapes(architecture.build()))
         if str(trainer.precision) not in ("32-true", "32", "None"):
             raise PlanError(f"trainer.precision {trainer.precision} is not planned: only 32-true")
-        strategy = str(trainer.strategy)
-        self.sharded = strategy == "fsdp"
-        if strategy not in NAMES:
-            raise PlanError(f"trainer.strategy {strategy} is not planned: only ddp and fsdp")
-        if self.sharded and stage not in SHARDED_STAGES:
-            raise PlanError(f"trainer.strategy fsdp is for {' and '.join(SHARDED_STAGES)} alone")
-        if self.sharded and model.quantization is not None:
-            raise PlanError("trainer.strategy fsdp cannot shard a base in 4 bits: use ddp")
+        self.processes = _processes(trainer.devices) * int(trainer.num_nodes)
+        self.sharded = _is_sharded(trainer.strategy)
+        if self.sharded:
+            self.check_sharded()
 
     def common(self) -> Job:
         attention = self.model.attention
@@ -147,22 +144,26 @@ class _Reader:
             attention="eager" if attention == "eager" else "sdpa",
             quantization=self.model.quantization,
             accelerator=self.accelerator,
-            processes=_processes(self.trainer.devices),
-            shards=self.shards() if self.sharded else 1,
+            processes=self.processes,
+            sharded=self.sharded,
             batch_size=1 if self.suites else self.needed(self.data, "batch_size"),
             tokens=tokens,
             labelled=labelled,
         )
 
-    def shards(self) -> int:
-        """Processes of all nodes, among which ``fsdp`` divides the layers."""
-        count = _processes(self.trainer.devices) * int(self.trainer.num_nodes)
-        if count == 1:
+    def check_sharded(self) -> None:
+        """Refuse what the program refuses under ``fsdp``."""
+        if self.stage not in SHARDED_STAGES:
+            raise PlanError(f"trainer.strategy fsdp is for {' and '.join(SHARDED_STAGES)} alone")
+        if self.model.quantization is not None:
+            raise PlanError("trainer.strategy fsdp cannot shard a base in 4 bits: use ddp")
+        if self.model.get("optimizer", "adamw") != "adamw":
+            raise PlanError("trainer.strategy fsdp is for model.optimizer: adamw alone")
+        if self.processes == 1:
             raise PlanError(
                 "trainer.strategy fsdp divides the model among processes: say how many with "
                 f"trainer.devices (it is {self.trainer.devices})"
             )
-        return count
 
     def longest(self) -> int:
         """``max_length`` of the data, or of its longest part."""
@@ -245,16 +246,15 @@ class _Reader:
             at_merge=again if iterates else (),
             merges=1,
             readings=readings,
-            served_on=self.served_on(job) if config.evaluate else (),
+            served_on=self.served_on() if config.evaluate else (),
         )
 
-    def served_on(self, job: Job) -> tuple[tuple[str, str | None], ...]:
-        """The storages of ``model.served_on``, where there is one beside the merge's own."""
-        storages: tuple[tuple[str, str | None], ...] = tuple(
+    def served_on(self) -> tuple[tuple[str, str | None], ...]:
+        """The storages of ``model.served_on``."""
+        return tuple(
             (self.model.dtype, "nf4") if name == "nf4" else (name, None)
             for name in self.model.served_on or ()
         )
-        return () if storages == ((job.dtype, job.quantization),) else storages
 
     def test(self, job: Job) -> Job:
         adapters = () if self.model.adapter is None else (self.folder(self.model.adapter),)
@@ -331,6 +331,21 @@ def _processes(devices: Any) -> int:
     if isinstance(devices, list):
         return len(devices)
     return max(1, int(devices)) if str(devices).lstrip("-").isdigit() else 1
+
+
+def _is_sharded(strategy: Any) -> bool:
+    """Whether a strategy divides the model's layers.
+
+    Raises:
+        PlanError: it is neither ``ddp`` nor ``fsdp``, by name or by class.
+    """
+    if isinstance(strategy, str) and strategy in NAMES:
+        return strategy == "fsdp"
+    path = strategy if isinstance(strategy, str) else strategy.class_path
+    kind = _class(path, "trainer.strategy") if "." in path else None
+    if kind is not None and issubclass(kind, FullyShardedStrategy | DDPStrategy):
+        return issubclass(kind, FullyShardedStrategy)
+    raise PlanError(f"trainer.strategy {path} is not planned: only ddp and fsdp")
 
 
 def _class(path: Any, config: str) -> Any:

@@ -82,7 +82,7 @@ def enough(
 
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.quantization is None and job.shards == 1:
+    if job.quantization is None and not job.sharded:
         yield "4-bit base (model.quantization: nf4)", replace(job, quantization="nf4")
     if job.attention == "eager":
         yield "fused attention (model.attention: sdpa)", replace(job, attention="sdpa")
@@ -121,7 +121,8 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
         )
         key = "data.generation_batch_size, data.max_batch of suites"
         yield f"smaller batches of answers ({key}: {half})", replace(job, readings=readings)
-    if job.optimizer == "adamw" and job.stage == "fit" and job.accelerator == "gpu":
+    whole_on_gpu = job.accelerator == "gpu" and not job.sharded
+    if job.optimizer == "adamw" and job.stage == "fit" and whole_on_gpu:
         yield (
             "paged 8-bit AdamW (model.optimizer: paged_adamw_8bit)",
             replace(job, optimizer="paged_adamw_8bit"),

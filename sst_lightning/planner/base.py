@@ -10,7 +10,7 @@ from sst_lightning.planner.architecture import Architecture, parameter_bytes
 from sst_lightning.planner.job import Adapter, Job
 from sst_lightning.planner.passes import linear_shapes
 from sst_lightning.planner.phase import Phase, Term
-from sst_lightning.planner.sharding import GATHERED, layer_bytes, share_bytes
+from sst_lightning.planner.sharding import GATHERED, layer_bytes, outside_bytes, share_bytes
 
 CUDA_CONTEXT = 1 << 29
 """CUDA context and kernels of a process, as they are usually; not measured by this project."""
@@ -55,14 +55,13 @@ class Base:
     def loading(self) -> Phase:
         """The model's file is mapped; what is not used as it is in the file is copied."""
         terms = [*self.process, Term("base model's file, mapped", self.file, "host")]
-        copied = self.weights
-        if self.job.shards > 1:
+        if self.job.sharded:
             # Each process loads the whole base, which then goes to its device a layer at a time.
             if not self.shared:
                 terms.append(Term("base weights before they are divided", self.whole, "host"))
-            terms.append(Term("a layer before it is divided", layer_bytes(self.model)))
-        elif self.job.accelerator == "cpu" and self.shared:
-            copied -= self._unquantised() if self.job.quantization else self.weights
+            if self.job.accelerator == "gpu":
+                terms.append(Term("a layer before it is divided", layer_bytes(self.model)))
+        copied = self.weights - self.views
         weights = (Term("base weights", copied),) if copied else ()
         return Phase("loading the base", (*terms, *weights))
 
@@ -72,7 +71,7 @@ class Base:
         Args:
             adapter: that is divided with the layers; one in hooks is not.
         """
-        if self.job.shards == 1:
+        if not self.job.sharded:
             return []
         size = GATHERED * layer_bytes(self.model, self.shapes, adapter)
         return [Term("layers gathered from all processes", size)]
@@ -85,12 +84,20 @@ class Base:
     def standing(self) -> list[Term]:
         """What is there in every phase after loading."""
         terms = [*self.process, Term("base weights", self.weights)]
-        if self.job.accelerator == "cpu" and self.shared and self.job.quantization:
-            # Weights that are not quantised are views of the file, which so stays mapped; all of it
-            # has been read.
-            own = self._unquantised()
-            terms.append(Term("base model's file, still mapped", self.file - own, "host"))
+        if 0 < self.views < self.weights:
+            # All of the file has been read, and as long as it has views it stays mapped.
+            rest = self.file - self.views
+            terms.append(Term("base model's file, still mapped", rest, "host"))
         return terms
+
+    @property
+    def views(self) -> int:
+        """Bytes of the weights that are views of the mapped file."""
+        if self.job.accelerator == "gpu" or not self.shared:
+            return 0
+        if self.job.quantization:
+            return self._unquantised()
+        return outside_bytes(self.model) if self.job.sharded else self.weights
 
     def _unquantised(self) -> int:
         linears = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}

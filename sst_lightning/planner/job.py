@@ -57,8 +57,7 @@ class Job:
         attention: ``sdpa`` or ``eager``.
         quantization: ``nf4``, or none.
         accelerator: where the model is.
-        processes: processes on this machine; each has a whole model, unless it is sharded.
-        shards: processes that the decoder layers are divided among; 1 where they are not.
+        processes: processes of all nodes together; each has a whole model, unless it is sharded.
         batch_size: sequences of a batch in training and Fisher passes.
         tokens: tokens of the longest of them.
         labelled: positions of a sequence that predict a label.
@@ -77,8 +76,9 @@ class Job:
         block_samples: sequences of a block, of all processes together.
         memory_budget_gib: GiB of gradients that a process keeps.
         reads_fishers: whether a merge reads ``samples`` from Fisher files.
+        sharded: whether the decoder layers are divided among the processes (``fsdp``).
         served_on: dtype and quantization of the bases that a merge's models are read on, the first
-            one with suites; empty for its own base alone.
+            one with suites; empty where none are given: its own base alone.
     """
 
     stage: Stage
@@ -105,5 +105,10 @@ class Job:
     block_samples: int = 64
     memory_budget_gib: float = 4.0
     reads_fishers: bool = False
-    shards: int = 1
+    sharded: bool = False
     served_on: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def shards(self) -> int:
+        """Parts of every decoder layer; 1 where layers are not divided."""
+        return self.processes if self.sharded else 1

@@ -28,8 +28,14 @@ def share_bytes(model: PreTrainedModel, shards: int) -> int:
         model: on the meta device, without an adapter.
         shards: processes.
     """
-    layers = sum(parameter_bytes(layer) for layer in decoder_layers(model).values())
-    return parameter_bytes(model) - layers + math.ceil(layers / shards)
+    layers = parameter_bytes(model) - outside_bytes(model)
+    return outside_bytes(model) + math.ceil(layers / shards)
+
+
+def outside_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of what is not in a decoder layer: embeddings, last norm, head."""
+    layers = decoder_layers(model).values()
+    return parameter_bytes(model) - sum(parameter_bytes(layer) for layer in layers)
 
 
 def layer_bytes(

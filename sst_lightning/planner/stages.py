@@ -35,6 +35,8 @@ from sst_lightning.planner.storage import (
     paged_bytes,
 )
 
+HOOKS = "merge in the model's hooks"
+
 
 @lru_cache(maxsize=64)
 def plan_stage(job: Job, architecture: Architecture, program: int) -> StagePlan:
@@ -80,7 +82,7 @@ class _Planner:
             Term("adapter", own),
             Term("optimizer state", math.ceil((state - paged) / job.shards)),
         ]
-        if job.processes > 1 and job.shards == 1:
+        if job.processes > 1 and not job.sharded:
             standing.append(Term("DDP's buckets of gradients", size))
         gradients = Term("gradients of the adapter", own)
         # Between updates the driver moves it out where the device is full.
@@ -106,19 +108,20 @@ class _Planner:
         if self.job.accelerator == "cpu" and self.job.gradient_checkpointing:
             kept = training_step(self.base.build(), replace(self.job, gradient_checkpointing=False))
             step = replace(step, small=kept.small)
-        if self.job.shards > 1 and GRADIENTS in step.peak:
+        if self.job.sharded and GRADIENTS in step.peak:
             # Each layer's are summed and divided as soon as they are there.
             own = math.ceil(step.peak[GRADIENTS] / self.job.shards)
             step = replace(step, peak={**step.peak, GRADIENTS: own})
         return step
 
     def validate(self) -> tuple[list[Phase], list[Term]]:
-        phases = self.collecting(self.merging(), self.job.samples, "")
-        return phases, self.fisher_disk()
+        standing = [*self.base.standing(), *self.merging()]
+        return self.collecting(standing, self.job.samples, ""), self.fisher_disk()
 
     def merge(self) -> tuple[list[Phase], list[Term]]:
         job = self.job
-        standing = self.merging()
+        own = self.merging()
+        standing = [*self.base.standing(), *own]
         phases: list[Phase] = []
         kept: list[Term] = []
         if job.estimator:
@@ -137,14 +140,18 @@ class _Planner:
                 Phase("filter", (*standing, *kept, Term("one module's filter", solve, "host")))
             )
         merged = Term("merged adapter", self.merged() * job.merges, "host")
-        standing = [*standing, *kept[:1], merged]
-        phases.append(Phase("verification", (*standing, *self.verification())))
-        phases += self.served(standing)
+        beside = [*own, *kept[:1], merged]
+        verified = [*self.base.standing(), *beside, *self.verification()]
+        phases += [Phase("verification", tuple(verified)), *self.served(beside)]
         disk = [Term(f"merged adapters ({job.merges})", self.merged() * job.merges, "disk")]
         return phases, [*self.fisher_disk(), *disk]
 
-    def served(self, standing: list[Term]) -> list[Phase]:
-        """Read the models on each storage of the base; that which is loaded is freed before another."""
+    def served(self, beside: list[Term]) -> list[Phase]:
+        """Read the models on each storage of the base; that which is loaded is freed before another.
+
+        Args:
+            beside: what there is beside the base.
+        """
         own = self.job.dtype, self.job.quantization
         storages = self.job.served_on or (own,)
         phases = []
@@ -152,14 +159,15 @@ class _Planner:
         for storage in sorted(storages, key=lambda item: item != own):
             suites = storage == storages[0]
             if storage == own:
+                standing = [*self.base.standing(), *beside]
                 phases += self.reading(standing, self.base, suites)
                 continue
             dtype, quantization = storage
             base = self.base.stored_as(dtype, quantization)
-            beside = standing[len(self.base.standing()) :]
             loading = base.loading()
+            unhooked = [term for term in beside if term.name != HOOKS]
             there = [
-                replace(loading, terms=(*loading.terms, *beside)),
+                replace(loading, terms=(*loading.terms, *unhooked)),
                 *self.reading([*base.standing(), *beside], base, suites),
             ]
             phases += [replace(p, name=f"{p.name}, in {quantization or dtype}") for p in there]
@@ -173,16 +181,15 @@ class _Planner:
         return self.reading(standing, self.base), self.input_disk()
 
     def merging(self) -> list[Term]:
-        """Standing terms of ``MergeModule``: adapters, bases, and what its hooks hold."""
+        """What ``MergeModule`` has beside its base: adapters, bases, and what its hooks hold."""
         bases = basis_bytes(self.core)
         outputs = sum(FP32 * rows * columns for (rows, columns), _ in self.core.values())
         # Q_out M of the current point; on a GPU also Q_in, and the copies that gradients need.
         hooks = outputs if self.job.accelerator == "cpu" else 2 * bases
         return [
-            *self.base.standing(),
             Term("adapters to merge", sum(self.adapters.values()), "host"),
             Term("core bases", bases, "host"),
-            Term("merge in the model's hooks", hooks),
+            Term(HOOKS, hooks),
         ]
 
     def collecting(

@@ -125,12 +125,31 @@ def test_a_merge_that_is_measured_on_another_storage_and_a_model_that_is_divided
     (own,) = records(
         capfd, *config, "configs/merge_a6_a7_qlora.yaml", "--set", "model.served_on=[nf4]"
     )
-    assert own["job"]["served_on"] == []
+    assert own["job"]["served_on"] == [["bfloat16", "nf4"]]
     assert own["memory"] < record["memory"]
     whole, divided = (
         records(capfd, *config, "configs/a6_alpaca.yaml", "--set", "trainer.devices=4", strategy)[0]
         for strategy in ("trainer.strategy=ddp", "trainer.strategy=fsdp")
     )
+    for nodes, strategy in (
+        (1, "fsdp"),
+        (2, "sst_lightning.modules.strategies.FullyShardedStrategy"),
+    ):
+        options = [f"trainer.devices={4 // nodes}", f"trainer.num_nodes={nodes}"]
+        (same,) = records(
+            capfd,
+            *config,
+            "configs/a6_alpaca.yaml",
+            "--set",
+            f"trainer.strategy={strategy}",
+            *options,
+        )
+        assert same["memory"] == divided["memory"]
+    by_class = "trainer.strategy=lightning.pytorch.strategies.DDPStrategy"
+    (same,) = records(
+        capfd, *config, "configs/a6_alpaca.yaml", "--set", by_class, "trainer.devices=4"
+    )
+    assert same["memory"] == whole["memory"]
     # A quarter of the layers and two whole ones in the place of 32.
     layer = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
     assert whole["memory"] - divided["memory"] > (32 - 8 - 2) * layer
@@ -173,6 +192,20 @@ def test_a_merge_that_is_measured_on_another_storage_and_a_model_that_is_divided
                 *("--set", "trainer.strategy=fsdp", "trainer.devices=2"),
             ],
             "fsdp cannot shard a base in 4 bits",
+        ),
+        (
+            [
+                *("--config", "configs/a6_alpaca.yaml", "--set", "trainer.strategy=fsdp"),
+                *("trainer.devices=2", "model.optimizer=adamw_8bit"),
+            ],
+            "trainer.strategy fsdp is for model.optimizer: adamw alone",
+        ),
+        (
+            [
+                *("--config", "configs/a6_alpaca.yaml", "--set"),
+                "trainer.strategy=lightning.pytorch.strategies.FSDPStrategy",
+            ],
+            "strategies.FSDPStrategy is not planned: only ddp and fsdp",
         ),
         (
             ["--config", "configs/a6_alpaca.yaml", "--set", "model.target_modules=[nothing]"],

@@ -198,7 +198,7 @@ def test_sharded_training(folder):
 def test_each_process_holds_the_share_that_is_planned(folder):
     """At rank 4, as ``fit_job``; two divides all shapes, so both hold the same."""
     base = json.loads((folder / "made.json").read_text())["base"]
-    plan = plan_stage(fit_job(base, processes=2, shards=2), find_architecture(base), 0)
+    plan = plan_stage(fit_job(base, processes=2, sharded=True), find_architecture(base), 0)
     step = next(phase for phase in plan.phases if phase.name == "optimizer step")
     planned = {term.name: term.size for term in step.terms}
     for rank in range(2):

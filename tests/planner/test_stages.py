@@ -231,12 +231,14 @@ def layers_and_rest(architecture, dtype="float32"):
 
 def test_layers_are_divided_among_the_processes_of_fsdp(nano, architecture):
     layer, layers, rest = layers_and_rest(architecture)
-    job = fit_job(nano, processes=2, shards=2)
+    job = fit_job(nano, processes=2, sharded=True)
     plan = plan_stage(job, architecture, PROGRAM)
     lora = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     assert sizes(phase(plan, "optimizer step").terms) == {
         "program: Python and libraries": PROGRAM,
         "base weights": rest + layers // 2,
+        # Embeddings, norm and head are views of it.
+        "base model's file, still mapped": plan.disk[0].size - rest,
         "adapter": lora // 2,
         "optimizer state": lora,
         "gradients of the adapter": lora // 2,
@@ -250,23 +252,25 @@ def test_layers_are_divided_among_the_processes_of_fsdp(nano, architecture):
     assert sizes(plan.disk) == sizes(whole.disk)
     # An adapter in hooks is not divided.
     collects = plan_stage(
-        merge_job(nano, stage="validate", at_merge=(), shards=2, processes=2), architecture, PROGRAM
+        merge_job(nano, stage="validate", at_merge=(), sharded=True, processes=2),
+        architecture,
+        PROGRAM,
     )
     gathered = sizes(phase(collects, "Fisher pass").terms)["layers gathered from all processes"]
     assert gathered == 2 * layer
     # The more processes, the less each has; all load the whole base on the host.
     gpu = {"accelerator": "gpu", "attention": "sdpa"}
     two, four = (
-        plan_stage(fit_job(nano, processes=n, shards=n, **gpu), architecture, PROGRAM)
+        plan_stage(fit_job(nano, processes=n, sharded=True, **gpu), architecture, PROGRAM)
         for n in (2, 4)
     )
     assert four.memory < two.memory
     assert two.host_peak.size("host") == four.host_peak.size("host")
     assert two.host_peak.size("host") == whole.disk[0].size + PROGRAM
-    # 4-bit weights are refused under fsdp, so they are no suggestion.
+    # 4-bit weights and 8-bit optimizers are refused under fsdp, so they are no suggestions.
     found = suggest(two, architecture, PROGRAM, device_size)
     assert found
-    assert not any("4-bit" in item.text for item in found)
+    assert not any("bit" in item.text for item in found)
 
 
 def test_models_are_read_on_every_storage_of_the_base(nano, architecture):
@@ -294,3 +298,17 @@ def test_models_are_read_on_every_storage_of_the_base(nano, architecture):
     own = texts["measure on the merge's own base alone (served_on: [nf4])"]
     assert own.plan.job.served_on == ()
     assert own.saving > 0
+    # Storages that are named stay when the merge's own changes.
+    named = replace(served, quantization=None, served_on=(("bfloat16", None),))
+    plain = plan_stage(named, architecture, PROGRAM)
+    assert [p.name for p in plain.phases][-2:] == ["scores", "suite mmlu"]
+    packed = plan_stage(replace(named, quantization="nf4"), architecture, PROGRAM)
+    assert [p.name for p in packed.phases][-2:] == [
+        "scores, in bfloat16",
+        "suite mmlu, in bfloat16",
+    ]
+    # Hooks are put on the new base when it is there.
+    loading = sizes(phase(packed, "loading the base, in bfloat16").terms)
+    assert "merge in the model's hooks" in sizes(phase(packed, "scores, in bfloat16").terms)
+    assert "merge in the model's hooks" not in loading
+    assert "core bases" in loading
