@@ -9,30 +9,29 @@ from sst_lightning.planner.phase import Phase, Term
 
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 SMALL_THRESHOLD = 1 << 20
-HOLES = 0.75
-"""Share of a pass's blocks below 32 MiB that glibc's heap has in holes beside them: what peaks are
-above those with MALLOC_MMAP_THRESHOLD_=131072. It differs from run to run and from pass to pass, .4 to
-1.1 (docs/planner.md), and depends on the order in which blocks are freed."""
+TRAINING_HOLES, VALIDATION_HOLES = 0.6, 0.8
+"""Shares of a pass's blocks below 32 MiB that glibc's heap has in holes beside them: what peaks are
+above those with MALLOC_MMAP_THRESHOLD_=131072. Single runs differ, .4 to 1 in training and .75 to .9 in
+passes of validation (docs/planner.md): it depends on the order in which blocks are freed."""
 COMPILED = 600 * 1024
 """Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
 MOST_COMPILED = 1024
 """Entries of oneDNN's cache of compiled products."""
 
 
-def heap_holes() -> float:
-    """Return the memory in the heap's holes, as a share of the tensors that are in the heap.
-
-    None where the environment has glibc map every larger block on its own.
-    """
+def heap_has_holes() -> bool:
+    """Return whether the environment leaves blocks in glibc's heap, in place of mapping each."""
     threshold = os.environ.get(THRESHOLD, "")
-    return 0.0 if threshold.isdigit() and int(threshold) <= SMALL_THRESHOLD else HOLES
+    return not (threshold.isdigit() and int(threshold) <= SMALL_THRESHOLD)
 
 
 def with_holes(phases: Iterable[Phase]) -> list[Phase]:
     """Add what is free between the blocks of glibc's heap, and stays resident."""
+    if not heap_has_holes():
+        return list(phases)
     result = []
     for phase in phases:
-        holes = Term("holes in glibc's heap", int(heap_holes() * phase.small), "host")
+        holes = Term("holes in glibc's heap", phase.holes, "host")
         result.append(replace(phase, terms=(*phase.terms, holes) if holes.size else phase.terms))
     return result
 

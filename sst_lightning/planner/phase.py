@@ -29,13 +29,13 @@ class Phase:
         name: what is done.
         terms: what is in memory.
         products: shapes of half-precision matrix products that are taken.
-        small: bytes of tensors of a pass that a CPU's allocator has in its heap.
+        holes: bytes that a CPU's allocator has free between the tensors of a pass.
     """
 
     name: str
     terms: tuple[Term, ...]
     products: frozenset[tuple[Any, ...]] = frozenset()
-    small: int = 0
+    holes: int = 0
 
     def size(self, *places: str) -> int:
         """Return the bytes in some places."""

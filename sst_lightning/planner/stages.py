@@ -10,7 +10,7 @@ from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.modules.collection_limits import CollectionLimits
 from sst_lightning.planner.architecture import Architecture
 from sst_lightning.planner.base import Base
-from sst_lightning.planner.cpu import with_compiled, with_holes
+from sst_lightning.planner.cpu import VALIDATION_HOLES, TRAINING_HOLES, with_compiled, with_holes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
     GRADIENTS,
@@ -90,7 +90,7 @@ class _Planner:
         inside = [Term("optimizer state, paged in", paged)] if paged else []
         step = [*standing, *outside, *self.base.gathered(adapter)]
         phases = [
-            _phase("training step", step, self.training_step()),
+            _phase("training step", step, self.training_step(), TRAINING_HOLES),
             Phase("optimizer step", (*standing, *inside, gradients)),
         ]
         disk = [Term("adapter", size, "disk")]
@@ -199,9 +199,8 @@ class _Planner:
         samples = list(samples)
         collected = Term(f"Fishers{where}", self.collected([n for _, n in samples]), "host")
         step = fisher_step(self.base.model, self.job)
-        phases = [
-            _phase(f"Fisher pass{where}", [*standing, collected, *self.base.gathered()], step)
-        ]
+        standing_then = [*standing, collected, *self.base.gathered()]
+        phases = [_phase(f"Fisher pass{where}", standing_then, step, VALIDATION_HOLES)]
         most = max(count for _, count in samples)
         if self.streams:
             # Blocks and file are mapped; what is joined is in memory twice, in two orders.
@@ -262,7 +261,7 @@ class _Planner:
     def reading(self, standing: list[Term], base: Base, suites: bool = True) -> list[Phase]:
         adapter = self.job.adapters[0] if self.job.stage == "test" and self.job.adapters else None
         return [
-            _phase(r.name, standing, reading_step(base.model, r, adapter))
+            _phase(r.name, standing, reading_step(base.model, r, adapter), VALIDATION_HOLES)
             for r in self.job.readings
             if suites or not r.suite
         ]
@@ -283,6 +282,6 @@ class _Planner:
         return [*self.input_disk(), *files, *(passing if self.job.fisher_files else [])]
 
 
-def _phase(name: str, standing: Iterable[Term], step: Pass) -> Phase:
+def _phase(name: str, standing: Iterable[Term], step: Pass, holes: float) -> Phase:
     terms = [Term(kind, size) for kind, size in step.peak.items()]
-    return Phase(name, (*standing, *terms), step.products, step.small)
+    return Phase(name, (*standing, *terms), step.products, int(holes * step.small))

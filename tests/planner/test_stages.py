@@ -7,7 +7,7 @@ import pytest
 from sst_lightning.planner.advice import device_size, enough, host_size, suggest
 from sst_lightning.planner.architecture import parameter_bytes
 from sst_lightning.planner.base import CUDA_CONTEXT
-from sst_lightning.planner.cpu import HOLES
+from sst_lightning.planner.cpu import TRAINING_HOLES
 from sst_lightning.planner.job import Reading
 from sst_lightning.planner.quantised import nf4_bytes
 from sst_lightning.planner.stages import plan_stage
@@ -184,14 +184,14 @@ def test_a_cpu_has_holes_beside_its_small_blocks(nano, architecture, monkeypatch
         for kind in ("activations", "attention scores", "logits", "gradients of the adapter")
     )
     # All of the nano model's tensors are below 32 MiB.
-    assert sizes(cpu.terms)["holes in glibc's heap"] == int(HOLES * tensors)
+    assert sizes(cpu.terms)["holes in glibc's heap"] == int(TRAINING_HOLES * tensors)
     assert "holes in glibc's heap" not in sizes(gpu.terms)
     # Layers that are computed again leave as many.
     again = phase(
         plan_stage(fit_job(nano, gradient_checkpointing=True), architecture, PROGRAM),
         "training step",
     )
-    assert sizes(again.terms)["holes in glibc's heap"] == int(HOLES * tensors)
+    assert sizes(again.terms)["holes in glibc's heap"] == int(TRAINING_HOLES * tensors)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     mapped = plan_stage(fit_job(nano, dtype="bfloat16"), architecture, PROGRAM)
     assert "holes in glibc's heap" not in sizes(phase(mapped, "training step").terms)
