@@ -10,7 +10,7 @@ from sst_lightning.algebra.fisher_blocks import GIBIBYTE
 from sst_lightning.modules.collection_limits import CollectionLimits
 from sst_lightning.planner.architecture import Architecture
 from sst_lightning.planner.base import Base
-from sst_lightning.planner.cpu import VALIDATION_HOLES, TRAINING_HOLES, with_compiled, with_holes
+from sst_lightning.planner.cpu import TRAINING_HOLES, VALIDATION_HOLES, with_compiled, with_holes
 from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import (
     GRADIENTS,
