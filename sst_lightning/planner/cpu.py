@@ -11,8 +11,8 @@ THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 SMALL_THRESHOLD = 1 << 20
 TRAINING_HOLES, VALIDATION_HOLES = 0.6, 0.8
 """Shares of a pass's blocks below 32 MiB that glibc's heap has in holes beside them: what peaks are
-above those with MALLOC_MMAP_THRESHOLD_=131072. Single runs differ, .1 to 1.3 in training and .6 to .9 in
-passes of validation (docs/planner.md): it depends on the order in which blocks are freed."""
+above those with MALLOC_MMAP_THRESHOLD_=131072. Single runs differ, .1 to 1.3 in training and .6 to .9
+in passes of validation (docs/planner.md): it depends on the order in which blocks are freed."""
 COMPILED = 600 * 1024
 """Bytes that oneDNN keeps for each shape of a bf16 product: 460 to 650 KiB (torch 2.13, AVX-512)."""
 MOST_COMPILED = 1024
