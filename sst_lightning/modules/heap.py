@@ -1,6 +1,7 @@
 """Memory that a pass has freed, and that the C library keeps for the next one."""
 
 import ctypes
+import sys
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,7 +12,7 @@ def release_free_memory() -> None:
     glibc gives back by itself only what is free at the end of its heap. A pass of a model on a CPU
     leaves holes everywhere: 1.7 of 2.6 GiB after a Fisher pass of SmolLM2.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
