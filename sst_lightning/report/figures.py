@@ -272,11 +272,13 @@ def _singles(axis: Axes, points: Sequence[tuple[str, float, float]], cut: bool) 
             fontsize=9,
             zorder=5,
         )
-    outside = sorted((point for point in points if point[1] > limit), key=lambda p: -p[2])
-    for name, x, y in outside:
+    height = -np.inf
+    for name, x, y in sorted((p for p in points if p[1] > limit), key=lambda p: p[2]):
+        # Above the label below it, where both are at the same height.
+        height = max(y, height + 0.06)
         axis.annotate(
             f"{name} at {x:.2f} →",
-            (high, y),
+            (high, height),
             textcoords="offset points",
             xytext=(-4, 0),
             ha="right",

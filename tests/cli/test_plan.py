@@ -115,7 +115,7 @@ def test_eight_billion_parameters_offline(capfd):
     assert record["memory"] < 24 * GIB
 
 
-def test_a_merge_that_is_measured_on_another_storage_and_a_model_that_is_divided(capfd):
+def test_a_merge_that_is_measured_on_another_storage(capfd):
     """Of 8B: the evaluation on bf16 weights is the peak of a merge on 4 bits."""
     config = ["--model", "llama-3.1-8b", "--config"]
     (record,) = records(capfd, *config, "configs/merge_a6_a7_qlora.yaml")
@@ -127,32 +127,22 @@ def test_a_merge_that_is_measured_on_another_storage_and_a_model_that_is_divided
     )
     assert own["job"]["served_on"] == [["bfloat16", "nf4"]]
     assert own["memory"] < record["memory"]
-    whole, divided = (
-        records(capfd, *config, "configs/a6_alpaca.yaml", "--set", "trainer.devices=4", strategy)[0]
-        for strategy in ("trainer.strategy=ddp", "trainer.strategy=fsdp")
-    )
-    for nodes, strategy in (
-        (1, "fsdp"),
-        (2, "sst_lightning.modules.strategies.FullyShardedStrategy"),
-    ):
-        options = [f"trainer.devices={4 // nodes}", f"trainer.num_nodes={nodes}"]
-        (same,) = records(
+
+
+def test_a_model_that_is_divided_among_the_processes_of_all_nodes(nano, capfd):
+    def memory(strategy, devices, nodes=1):
+        (record,) = records(
             capfd,
-            *config,
-            "configs/a6_alpaca.yaml",
-            "--set",
-            f"trainer.strategy={strategy}",
-            *options,
+            *("--model", str(nano), "--config", "configs/a6_alpaca.yaml", "--set"),
+            *(f"trainer.strategy={strategy}", f"trainer.devices={devices}"),
+            f"trainer.num_nodes={nodes}",
         )
-        assert same["memory"] == divided["memory"]
-    by_class = "trainer.strategy=lightning.pytorch.strategies.DDPStrategy"
-    (same,) = records(
-        capfd, *config, "configs/a6_alpaca.yaml", "--set", by_class, "trainer.devices=4"
-    )
-    assert same["memory"] == whole["memory"]
-    # A quarter of the layers and two whole ones in the place of 32.
-    layer = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)
-    assert whole["memory"] - divided["memory"] > (32 - 8 - 2) * layer
+        return record["memory"]
+
+    whole, divided = memory("ddp", 4), memory("fsdp", 4)
+    assert divided < memory("fsdp", 2) < whole
+    assert memory("sst_lightning.modules.strategies.FullyShardedStrategy", 2, nodes=2) == divided
+    assert memory("lightning.pytorch.strategies.DDPStrategy", 2, nodes=2) == whole
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sst_lightning.algebra.errors import SSTMergeError
 from sst_lightning.algebra.fronts import FREE_REFERENCE
 from sst_lightning.algebra.safety_tax import NOT_SIGNIFICANT, ZERO_REFERENCE
-from sst_lightning.report.figures import all_figures, kept_energy, plane, slug, spectrum
+from sst_lightning.report.figures import (
+    _singles,
+    all_figures,
+    kept_energy,
+    plane,
+    slug,
+    spectrum,
+)
 from sst_lightning.report.model_card import model_card
 from sst_lightning.report.records import check_records, read_records, write_records
 from sst_lightning.report.report import headline, log_figures, write_report
@@ -293,6 +300,16 @@ def test_tensorboard_has_figures_and_curves(made, tmp_path):
 
 
 # Figures.
+
+
+def test_labels_of_models_outside_of_the_plane_are_not_on_top_of_each_other():
+    _, axis = plt.subplots()
+    axis.set_xlim(0, 1)
+    _singles(axis, [("base", 3.0, 0.02), ("A7", 2.0, 0.0), ("A8", 4.0, 0.9)], cut=True)
+    heights = {text.get_text(): text.xy[1] for text in axis.texts}
+    plt.close()
+    expected = {"A7 at 2.00 →": 0.0, "base at 3.00 →": 0.06, "A8 at 4.00 →": 0.9}
+    assert heights == pytest.approx(expected)
 
 
 def test_plane_shows_paired_cost_and_every_model(made):
