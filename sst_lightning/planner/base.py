@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sst_lightning.planner.architecture import Architecture, parameter_bytes
-from sst_lightning.planner.job import Adapter, Job
+from sst_lightning.planner.job import Job
 from sst_lightning.planner.passes import linear_shapes
 from sst_lightning.planner.phase import Phase, Term
 from sst_lightning.planner.sharding import GATHERED, layer_bytes, outside_bytes, share_bytes
@@ -28,6 +28,8 @@ class Base:
         model: on the meta device.
         shapes: (d_out, d_in) of its linear layers.
         file: bytes of its files.
+        views: bytes of its weights that are views of the mapped file.
+        layer: bytes of the largest decoder layer before it is divided; 0 where layers are not.
     """
 
     def __init__(self, job: Job, architecture: Architecture, program: int) -> None:
@@ -43,6 +45,11 @@ class Base:
         self.whole = parameter_bytes(plain)
         self.file = numbers * torch.empty((), dtype=stored).element_size()
         self.shared = stored == plain.dtype
+        # Now, because a training step leaves its adapter in the model. Under fsdp the adapter that is
+        # trained is divided with the layers; those in a merge's hooks are not.
+        self.views = self._views()
+        trained = job.adapters[0] if job.stage == "fit" else None
+        self.layer = layer_bytes(self.model, self.shapes, trained) if job.sharded else 0
         self.process = [Term("program: Python and libraries", program, "host")]
         if job.accelerator == "gpu":
             self.process.append(Term("CUDA context (assumed)", CUDA_CONTEXT))
@@ -60,21 +67,16 @@ class Base:
             if not self.shared:
                 terms.append(Term("base weights before they are divided", self.whole, "host"))
             if self.job.accelerator == "gpu":
-                terms.append(Term("a layer before it is divided", layer_bytes(self.model)))
+                terms.append(Term("a layer before it is divided", self.layer))
         copied = self.weights - self.views
         weights = (Term("base weights", copied),) if copied else ()
         return Phase("loading the base", (*terms, *weights))
 
-    def gathered(self, adapter: Adapter | None = None) -> list[Term]:
-        """What a pass gathers of the layers of other processes, where layers are divided.
-
-        Args:
-            adapter: that is divided with the layers; one in hooks is not.
-        """
+    def gathered(self) -> list[Term]:
+        """What a pass gathers of the layers of other processes, where layers are divided."""
         if not self.job.sharded:
             return []
-        size = GATHERED * layer_bytes(self.model, self.shapes, adapter)
-        return [Term("layers gathered from all processes", size)]
+        return [Term("layers gathered from all processes", GATHERED * self.layer)]
 
     def stored_as(self, dtype: str, quantization: str | None) -> "Base":
         """Return the same base in another storage."""
@@ -90,9 +92,7 @@ class Base:
             terms.append(Term("base model's file, still mapped", rest, "host"))
         return terms
 
-    @property
-    def views(self) -> int:
-        """Bytes of the weights that are views of the mapped file."""
+    def _views(self) -> int:
         if self.job.accelerator == "gpu" or not self.shared:
             return 0
         if self.job.quantization:

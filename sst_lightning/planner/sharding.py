@@ -39,21 +39,19 @@ def outside_bytes(model: PreTrainedModel) -> int:
 
 
 def layer_bytes(
-    model: PreTrainedModel,
-    shapes: Mapping[str, Shape] | None = None,
-    adapter: Adapter | None = None,
+    model: PreTrainedModel, shapes: Mapping[str, Shape], adapter: Adapter | None
 ) -> int:
     """Return the bytes of the largest layer when it is whole.
 
     Args:
         model: on the meta device, without an adapter.
-        shapes: (d_out, d_in) of its linear layers, with an adapter.
-        adapter: whose factors are divided with the layers.
+        shapes: (d_out, d_in) of its linear layers.
+        adapter: whose factors are divided with the layers, where there is one.
     """
     sizes = []
     for name, layer in decoder_layers(model).items():
         size = parameter_bytes(layer)
-        if adapter is not None and shapes is not None:
+        if adapter is not None:
             inside = tuple(m for m in adapter.modules if m.startswith(f"{name}."))
             size += adapter_bytes(shapes, Adapter(name, adapter.rank, inside))
         sizes.append(size)

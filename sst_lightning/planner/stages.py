@@ -88,7 +88,7 @@ class _Planner:
         # Between updates the driver moves it out where the device is full.
         outside = [Term("optimizer state, paged out", paged, "host")] if paged else []
         inside = [Term("optimizer state, paged in", paged)] if paged else []
-        step = [*standing, *outside, *self.base.gathered(adapter)]
+        step = [*standing, *outside, *self.base.gathered()]
         phases = [
             _phase("training step", step, self.training_step(), TRAINING_HOLES),
             Phase("optimizer step", (*standing, *inside, gradients)),
